@@ -1,0 +1,1 @@
+"""Calibration: token batches, the recording of what reaches the blocks, and the engine that walks over them."""

@@ -1,0 +1,115 @@
+"""What reaches the blocks: one run of the skeleton with blocks that only look.
+
+Every block's `forward` is replaced by one that notes its arguments and hands its input on. Nothing is computed in the
+blocks, no exception stops the model, and blocks that are called with different arguments (Gemma's sliding and full
+attention masks) each keep their own.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.errors import ModelError
+from quantkit.model.block import Arguments
+from quantkit.model.skeleton import Skeleton
+
+Observer = Callable[[int, Tensor, Arguments], Tensor]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The inputs of the blocks.
+
+    Attributes:
+        hidden: per batch the hidden states before block 0, (batch, tokens, width).
+        arguments: per batch, per block, the other arguments; equal tensors are stored once.
+    """
+
+    hidden: list[Tensor]
+    arguments: list[list[Arguments]]
+
+
+@torch.no_grad()
+def record(skeleton: Skeleton, batches: Sequence[Tensor], device: torch.device) -> Recording:
+    """Run the skeleton, whose outer weights are loaded, on token batches (batch, tokens) int64."""
+    returns_tuple = _blocks_return_tuple(skeleton, device)
+    recording = Recording([], [])
+    shared: list[Tensor] = []
+    for tokens in batches:
+        seen: list[Arguments] = []
+
+        def note(index: int, hidden: Tensor, arguments: Arguments, seen: list[Arguments] = seen) -> Tensor:
+            if index == 0:
+                recording.hidden.append(hidden.clone())
+            seen.append(Arguments(_share(arguments.args, shared), _share(arguments.kwargs, shared)))
+            return hidden
+
+        with _observed(skeleton.blocks, note, returns_tuple=returns_tuple):
+            skeleton.model.base_model(input_ids=tokens.to(device), use_cache=False)
+        recording.arguments.append(seen)
+    return recording
+
+
+@torch.no_grad()
+def finish(skeleton: Skeleton, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Return the logits (batch, tokens, vocabulary) in float32 of hidden states (batch, tokens, width) after the last block."""
+    returns_tuple = _blocks_return_tuple(skeleton, hidden.device)
+    with _observed(skeleton.blocks, lambda *_: hidden, returns_tuple=returns_tuple):
+        logits: Tensor = skeleton.model(input_ids=tokens.to(hidden.device), use_cache=False).logits
+    return logits.float()
+
+
+@contextmanager
+def _observed(blocks: nn.ModuleList, observe: Observer, *, returns_tuple: bool) -> Iterator[None]:
+    """Replace the blocks' forward by `observe` for the duration of the context."""
+
+    def replacement(index: int) -> Callable[..., Tensor | tuple[Tensor]]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:  # noqa: ANN401
+            output = observe(index, hidden_states, Arguments(args, kwargs))
+            return (output,) if returns_tuple else output
+
+        return forward
+
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = replacement(index)
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own forward is underneath
+
+
+def _blocks_return_tuple(skeleton: Skeleton, device: torch.device) -> bool:
+    """Find out whether the model wants its blocks to return a tuple (Falcon, Bloom) or a tensor, by trying both."""
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    for returns_tuple in (False, True):
+        with _observed(skeleton.blocks, lambda _, hidden, __: hidden, returns_tuple=returns_tuple):
+            try:
+                output = skeleton.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            except (RuntimeError, TypeError, IndexError, ValueError, AttributeError):
+                continue
+        if output.ndim == 3 and output.shape[:2] == tokens.shape:
+            return returns_tuple
+    raise ModelError(f"the blocks of a {skeleton.config.model_type} model cannot be run one at a time")
+
+
+def _share(value: Any, shared: list[Tensor]) -> Any:  # noqa: ANN401  a tree of whatever the model passes
+    """Return `value` with every tensor replaced by an equal one that was seen before, if there is one.
+
+    Masks and rotary tables are the same for every batch and most blocks; stored once they cost nothing.
+    """
+    if isinstance(value, Tensor):
+        for known in shared:
+            if known is value or (known.shape == value.shape and known.dtype == value.dtype and known.equal(value)):
+                return known
+        shared.append(value)
+        return value
+    if isinstance(value, dict):
+        return {key: _share(item, shared) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_share(item, shared) for item in value)
+    return value

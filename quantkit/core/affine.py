@@ -1,0 +1,131 @@
+"""Uniform affine quantization of a weight matrix between given bounds (OmniQuant, arXiv 2308.13137, eq. 2).
+
+With bounds `low <= 0 <= high` of a group and N bits,
+
+    h = (high - low) / (2^N - 1)        z = round(-low / h)        q = clamp(round(w / h) + z, 0, 2^N - 1)
+
+and the weight becomes (q - z) h. Codes and zero points are stored minus 2^(N-1), which makes both fit a signed byte
+and leaves (q - z) alone. Symmetric: h = max(|low|, |high|) / (2^(N-1) - 1), no z.
+
+One deviation from the paper: the bounds of a group always include zero. The packed formats store the zero point in N
+bits, so a zero outside the grid, which the paper's formula gives where all weights of a group share one sign, could be
+calibrated but not written.
+"""
+
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor
+
+from quantkit.core.qtensor import QuantizedTensor
+from quantkit.core.scheme import QuantScheme
+
+SMALLEST_STEP, LARGEST_STEP = 1e-5, 1e4  # the paper's clamp of h; both ends are finite and non-zero in float16
+
+
+class _RoundToGrid(torch.autograd.Function):
+    """(clamp(round(w / h) + z) - z) h with a straight-through gradient (Bengio et al., arXiv 1308.3432).
+
+    Saves its inputs alone and computes the rest again in backward, so a training step holds no copy of the weight for
+    each of the formula's steps. Inside the grid d/dw = 1 and d/dh = (q - z) - w / h; outside 0 and q - z.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, step: Tensor, zero: Tensor, scheme: QuantScheme) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(weight, step, zero)
+        ctx.scheme = scheme
+        codes = (weight / step).round_().add_(zero).clamp_(scheme.smallest_code, scheme.largest_code)
+        return codes.sub_(zero).mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:  # noqa: ANN401
+        (grad,) = grads
+        weight, step, zero = ctx.saved_tensors
+        ratio = weight / step
+        low, high = ctx.scheme.smallest_code - zero, ctx.scheme.largest_code - zero
+        steps = ratio.round()
+        inside = (steps >= low) & (steps <= high)
+        grad_weight = grad * inside if ctx.needs_input_grad[0] else None
+        grad_step = torch.where(inside, steps - ratio, steps.clamp_(low, high)).mul_(grad).sum(dim=-1, keepdim=True)
+        return grad_weight, grad_step, None, None
+
+
+def group_bounds(
+    weight: Float[Tensor, "out in"], scheme: QuantScheme
+) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+    """Return the smallest and largest weight of each group, widened to include zero."""
+    grouped = weight.unflatten(1, (scheme.groups(weight.shape[1]), -1))
+    low, high = grouped.aminmax(dim=-1)
+    return low.clamp(max=0), high.clamp(min=0)
+
+
+def step_size(
+    low: Float[Tensor, "out groups"], high: Float[Tensor, "out groups"], scheme: QuantScheme
+) -> Float[Tensor, "out groups"]:
+    """Return h, the distance of two neighbouring levels."""
+    step = torch.maximum(-low, high) / scheme.largest_code if scheme.symmetric else (high - low) / scheme.levels
+    return step.clamp(SMALLEST_STEP, LARGEST_STEP)
+
+
+def zero_code(
+    low: Float[Tensor, "out groups"], step: Float[Tensor, "out groups"], scheme: QuantScheme
+) -> Float[Tensor, "out groups"]:
+    """Return the code that stands for zero, signed and without a gradient (the paper's z is rounded, not trained)."""
+    if scheme.symmetric:
+        return torch.zeros_like(step)
+    return ((-low / step).detach().round() + scheme.smallest_code).clamp(scheme.smallest_code, scheme.largest_code)
+
+
+def fake_quantize(
+    weight: Float[Tensor, "out in"],
+    low: Float[Tensor, "out groups"],
+    high: Float[Tensor, "out groups"],
+    scheme: QuantScheme,
+) -> Float[Tensor, "out in"]:
+    """Return the quantized weight as a differentiable function of the weight and its bounds.
+
+    The rounding passes gradients straight through, the clamp stops them outside the grid, z is a constant, and h gets
+    its gradient both from w / h and from the final product.
+    """
+    step = step_size(low, high, scheme).unsqueeze(-1)
+    zero = zero_code(low, step.squeeze(-1), scheme).unsqueeze(-1)
+    grouped = weight.unflatten(1, (low.shape[1], -1))
+    return cast(Tensor, _RoundToGrid.apply(grouped, step, zero, scheme)).flatten(1)  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def quantize(
+    weight: Float[Tensor, "out in"],
+    low: Float[Tensor, "out groups"],
+    high: Float[Tensor, "out groups"],
+    scheme: QuantScheme,
+    scale_dtype: torch.dtype,
+) -> QuantizedTensor:
+    """Return the codes of `weight` between the bounds, for scales already rounded to `scale_dtype`.
+
+    Rounding the scale first and the codes second means that what is stored is the best code for the scale that is
+    stored, and that nothing is rounded again at export.
+    """
+    scale = step_size(low, high, scheme).to(scale_dtype)
+    step = scale.to(weight.dtype)
+    zero = zero_code(low, step, scheme)
+    grouped = weight.unflatten(1, (low.shape[1], -1))
+    codes = (grouped / step.unsqueeze(-1)).round() + zero.unsqueeze(-1)
+    return QuantizedTensor(
+        codes=_to_int8(codes.flatten(1).clamp(scheme.smallest_code, scheme.largest_code)),
+        scale=scale,
+        zero_point=None if scheme.symmetric else _to_int8(zero),
+        scheme=scheme,
+    )
+
+
+def round_to_nearest(
+    weight: Float[Tensor, "out in"], scheme: QuantScheme, scale_dtype: torch.dtype
+) -> QuantizedTensor:
+    """Return `weight` quantized between each group's smallest and largest weight (RTN)."""
+    return quantize(weight, *group_bounds(weight, scheme), scheme, scale_dtype)
+
+
+def _to_int8(codes: Num[Tensor, "out any"]) -> Tensor:
+    return codes.to(torch.int8)

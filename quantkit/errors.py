@@ -1,0 +1,65 @@
+"""Every error a user can meet, one tree; the command line prints the message as one line and exits with the code.
+
+    QuantkitError           1   something went wrong that has no better name
+    ├── UsageError          2   an option, a recipe or a name that cannot be used as given
+    ├── ModelError          3   the model: unknown, unsupported, truncated, not finite
+    ├── DataError           4   the calibration or evaluation text: missing, too short, malformed
+    ├── NetworkError        5   the Hub cannot be reached, or refuses
+    ├── OutputError         6   the output directory: exists, full disk, not writable
+    └── CheckFailure        7   `quantkit check` found at least one fault
+
+A message is one sentence that says what is wrong and, after a semicolon or in a second sentence, what to do next.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import ClassVar
+
+
+class QuantkitError(Exception):
+    """Base of all errors that are the user's to solve; anything else is a bug in quantkit."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(QuantkitError):
+    """An option, a recipe or a name that cannot be used as given."""
+
+    exit_code = 2
+
+
+class ModelError(QuantkitError):
+    """The model is unknown, unsupported or damaged."""
+
+    exit_code = 3
+
+
+class DataError(QuantkitError):
+    """The calibration or evaluation text is missing, too short or malformed."""
+
+    exit_code = 4
+
+
+class NetworkError(QuantkitError):
+    """The Hub cannot be reached, or refuses."""
+
+    exit_code = 5
+
+
+class OutputError(QuantkitError):
+    """The output directory exists, is full or cannot be written."""
+
+    exit_code = 6
+
+
+class CheckFailure(QuantkitError):
+    """`quantkit check` found at least one fault."""
+
+    exit_code = 7
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ' (did you mean a, b?)' with the known names nearest to `name`, or all of them if none is near."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=3, cutoff=0.5)
+    return f" (did you mean {', '.join(close)}?)" if close else f" (known: {', '.join(names)})"

@@ -1,0 +1,1 @@
+"""Packed checkpoint formats, one file each; the file's name is the format's name and its `METHOD` is the exporter."""

@@ -1,0 +1,128 @@
+"""compressed-tensors `pack-quantized`: loads in transformers and vLLM for 2-8 bits, in SGLang for 4 and 8.
+
+Per quantized linear N with weight (out, in) and b bits:
+
+    N.weight_packed      int32 (out, ceil(in b / 32))     codes + 2^(b-1), a dense bit stream along `in`
+    N.weight_scale       float16 or bfloat16 (out, groups)
+    N.weight_shape       int64 (2,)
+    N.weight_zero_point  int32 (ceil(out b / 32), groups) zero points + 2^(b-1), packed along `out`; asymmetric only
+
+The configuration asks transformers to dequantize while it loads: its other path fails on asymmetric checkpoints
+(llm-compressor issues 1618 and 1190), and unpacks to dense weights at the first forward anyway. vLLM does not read that key.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.core.packing import pack, packed_words, unpack
+from quantkit.core.qtensor import QuantizedTensor
+from quantkit.core.scheme import QuantScheme
+from quantkit.errors import UsageError
+
+NAME = "pack-quantized"
+
+
+class CompressedTensors:
+    """Encodes quantized tensors for compressed-tensors 0.17 and later."""
+
+    requires = "compressed-tensors>=0.17"
+
+    def check(self, schemes: Mapping[str, QuantScheme]) -> None:
+        """Refuse what the format, as transformers loads it, cannot hold.
+
+        Raises:
+            UsageError: more than one scheme (transformers dequantizes every dense layer by one scheme).
+        """
+        if len(set(schemes.values())) > 1:
+            raise UsageError("compressed-tensors holds one scheme per checkpoint; use one scheme for all linears")
+
+    def encode(self, quantized: QuantizedTensor) -> dict[str, Tensor]:
+        """Return the tensors of one linear by the end of their name."""
+        bits = quantized.scheme.bits
+        tensors = {
+            "weight_packed": pack(quantized.codes, bits),
+            "weight_scale": quantized.scale,
+            "weight_shape": torch.tensor(quantized.codes.shape, dtype=torch.int64),
+        }
+        if quantized.zero_point is not None:
+            tensors["weight_zero_point"] = pack(quantized.zero_point.T.contiguous(), bits).T.contiguous()
+        return tensors
+
+    def decode(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
+        """Return what `encode` was given; the inverse, for reading a checkpoint back."""
+        out, width = (int(size) for size in tensors["weight_shape"])
+        zero = tensors.get("weight_zero_point")
+        return QuantizedTensor(
+            codes=unpack(tensors["weight_packed"], scheme.bits, width),
+            scale=tensors["weight_scale"],
+            zero_point=None if zero is None else unpack(zero.T.contiguous(), scheme.bits, out).T.contiguous(),
+            scheme=scheme,
+        )
+
+    def layout(self, shape: tuple[int, int], scheme: QuantScheme, scale: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return what `encode` will give for a weight of `shape`: safetensors dtype name and shape of each tensor."""
+        out, width = shape
+        groups = scheme.groups(width)
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+            "weight_packed": ("I32", (out, packed_words(width, scheme.bits))),
+            "weight_scale": (scale, (out, groups)),
+            "weight_shape": ("I64", (2,)),
+        }
+        if not scheme.symmetric:
+            tensors["weight_zero_point"] = ("I32", (packed_words(out, scheme.bits), groups))
+        return tensors
+
+    def config(
+        self, schemes: Mapping[str, QuantScheme], classes: Sequence[str], dense: Sequence[str]
+    ) -> dict[str, Any]:
+        """Return the `quantization_config` of config.json.
+
+        Args:
+            schemes: module name → scheme.
+            classes: names of the module classes that are quantized.
+            dense: module names of the linears that stay dense.
+        """
+        scheme = next(iter(schemes.values()))
+        weights = {
+            "num_bits": scheme.bits,
+            "type": "int",
+            "symmetric": scheme.symmetric,
+            "strategy": "group" if scheme.group_size else "channel",
+            "group_size": scheme.group_size,
+            "dynamic": False,
+        }
+        group = {
+            "targets": list(classes),
+            "format": NAME,  # compressed-tensors 0.18 and later read it here, not at the top
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": NAME,
+            "quantization_status": "compressed",
+            "dequantize": True,
+            "ignore": list(dense),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+            "config_groups": {"group_0": group},
+        }
+
+
+METHOD = CompressedTensors
+
+
+def scheme_of(config: Mapping[str, Any]) -> QuantScheme:
+    """Return the scheme that a `quantization_config` written by `CompressedTensors.config` describes.
+
+    Raises:
+        KeyError, TypeError: it is not such a configuration.
+    """
+    weights = config["config_groups"]["group_0"]["weights"]
+    return QuantScheme(
+        bits=weights["num_bits"], group_size=weights["group_size"], symmetric=weights["symmetric"]
+    )

@@ -1,0 +1,110 @@
+"""Facts of model families, read from `model_zoo/architectures/*.toml`."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import UsageError
+from quantkit.resources import data_dir
+
+
+@dataclass(frozen=True, slots=True)
+class LinearGroup:
+    """Linears of a block that see the same input.
+
+    Attributes:
+        name: what the group is called in reports.
+        linears: names of the linears inside the block.
+        after: the norm or linear that produces their input and can absorb a scale of it, None if nothing can.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    after: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """What quantkit needs to know of a model family beyond its transformers code.
+
+    Attributes:
+        name: the file's name.
+        model_types: the `model_type`s of config.json that it describes.
+        blocks: module name of the list of decoder layers.
+        when: values that config.json must have besides, for a family with several layouts.
+        norm_offset: what the norms of `groups` add to their weight before they multiply by it.
+        groups: which linears share an input, and what can absorb a scale of it.
+        renames: start of a checkpoint tensor name → start of the module tensor name, where they differ.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: str
+    when: Mapping[str, Any] = field(default_factory=dict)
+    norm_offset: float = 0.0
+    groups: tuple[LinearGroup, ...] = ()
+    renames: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "Architecture":
+        """Read one file.
+
+        Raises:
+            UsageError: the file is not TOML, or a key is missing, unknown or of the wrong kind.
+        """
+        try:
+            facts = tomllib.loads(path.read_text(encoding="utf-8"))
+            groups = tuple(_group(entry) for entry in facts.pop("groups", []))
+            model_types = _names(facts.pop("model_types"))
+            return cls(name=path.stem, model_types=model_types, groups=groups, **facts)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"{path} is not an architecture file: {error}; see model_zoo/README.md"
+            ) from error
+
+    def group_of(self, linear: str) -> str:
+        """Return the name of the group that the linear `linear` of a block belongs to, its own name if to none."""
+        return next((group.name for group in self.groups if linear in group.linears), linear)
+
+    def describes(self, config: Mapping[str, Any]) -> bool:
+        """Return whether a model of that configuration has this layout."""
+        return config["model_type"] in self.model_types and all(
+            config.get(k) == v for k, v in self.when.items()
+        )
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """Return what the renames make of the module tensor `name`."""
+        return tuple(
+            stored + name.removeprefix(module)
+            for stored, module in self.renames.items()
+            if name.startswith(module)
+        )
+
+
+def _group(entry: Mapping[str, Any]) -> LinearGroup:
+    known = {"name", "linears", "after"}
+    if unknown := set(entry) - known:
+        raise ValueError(f"unknown key {min(unknown)!r} in a group, known: {sorted(known)}")
+    return LinearGroup(entry["name"], _names(entry["linears"]), entry.get("after"))
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{value!r} is no list of names")
+    return tuple(value)
+
+
+@cache
+def architectures() -> tuple[Architecture, ...]:
+    """Return every architecture of the model zoo, by file name."""
+    return tuple(
+        Architecture.read(path) for path in sorted((data_dir("model_zoo") / "architectures").glob("*.toml"))
+    )
+
+
+def find(config: Mapping[str, Any]) -> Architecture | None:
+    """Return the architecture that describes a model of the configuration `config`, None if no file does."""
+    return next((architecture for architecture in architectures() if architecture.describes(config)), None)

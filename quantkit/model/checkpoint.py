@@ -1,0 +1,149 @@
+"""Reading safetensors checkpoints lazily: names and shapes first, tensors only when they are asked for.
+
+A shard is opened for one call and closed again, so the memory that maps it never outlives the call, and resident
+memory does not grow with the number of blocks that were read.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from quantkit.errors import ModelError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+# the safetensors names of floating-point dtypes: the only tensors that can hold NaN or infinity
+_FLOATING = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a stored tensor lies and what it is: shard file, safetensors dtype name, shape."""
+
+    shard: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+
+class Checkpoint:
+    """The safetensors checkpoint in a directory; a mapping of tensor name to `TensorInfo`, in file order."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read the index and every shard's header.
+
+        Raises:
+            ModelError: no safetensors, a missing or truncated shard, an index that disagrees with its shards or that
+                points outside the directory.
+        """
+        self.directory = directory
+        placement = _read_index(directory)
+        self.tensors: dict[str, TensorInfo] = {}
+        if placement is None:
+            self.tensors.update(_read_header(_single_shard(directory)))
+            return
+        for shard in dict.fromkeys(placement.values()):
+            header = _read_header(directory / shard)
+            wanted = [name for name, file in placement.items() if file == shard]
+            if missing := [name for name in wanted if name not in header]:
+                raise ModelError(
+                    f"{directory / INDEX} says that {missing[0]} is in {shard}, but it is not; download the model again"
+                )
+            self.tensors.update((name, header[name]) for name in wanted)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def load(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Return the named tensors on the CPU, floating-point ones converted to `dtype` if one is given.
+
+        Raises:
+            ModelError: a shard vanished or cannot be read any more.
+        """
+        by_shard: dict[Path, list[str]] = {}
+        for name in names:
+            by_shard.setdefault(self.tensors[name].shard, []).append(name)
+        tensors = {}
+        for shard, wanted in by_shard.items():
+            try:
+                with safe_open(shard, framework="pt") as file:
+                    for name in wanted:
+                        tensor = file.get_tensor(name)
+                        # copy: a tensor that aliased the mapped file would keep all of it resident
+                        keep = dtype is None or not tensor.is_floating_point()
+                        tensors[name] = tensor.to(tensor.dtype if keep else dtype, copy=True)
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"cannot read {shard}: {error}; download the model again") from error
+        return tensors
+
+    def verify_finite(self) -> Iterator[str]:
+        """Read every tensor once, one at a time, and yield its name when it holds neither NaN nor infinity.
+
+        Raises:
+            ModelError: at the first tensor that is not finite.
+        """
+        for name, info in self.tensors.items():
+            if info.dtype in _FLOATING:
+                tensor = self.load([name])[name]
+                bad = int(tensor.numel() - torch.isfinite(tensor).sum())
+                if bad:
+                    raise ModelError(
+                        f"{name} in {info.shard} has {bad} values that are NaN or infinite; "
+                        "the checkpoint is damaged, download the model again"
+                    )
+            yield name
+
+
+def _read_index(directory: Path) -> Mapping[str, str] | None:
+    """Return {tensor name: shard file name} of a sharded checkpoint, None if there is no index."""
+    path = directory / INDEX
+    if not path.is_file():
+        return None
+    try:
+        placement = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        entries = {str(name): str(file) for name, file in placement.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is not a safetensors index; download the model again") from error
+    for name, file in entries.items():
+        # a bare file name: nothing from an index may lead out of the directory
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise ModelError(f"{path} places {name} in {file!r}, outside the directory; the index is refused")
+        if not (directory / file).is_file():
+            raise ModelError(f"{path} names the shard {file}, which does not exist; download the model again")
+    return entries
+
+
+def _single_shard(directory: Path) -> Path:
+    path = directory / SINGLE
+    if path.is_file():
+        return path
+    if any(next(directory.glob(pattern), None) for pattern in _PICKLES):
+        raise ModelError(
+            f"{directory} holds pickled weights only, which can run code when they are opened; load the model with "
+            "transformers and save it again with save_pretrained, which writes safetensors"
+        )
+    raise ModelError(f"{directory} holds neither {SINGLE} nor {INDEX}")
+
+
+def _read_header(shard: Path) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping
+            return {
+                name: TensorInfo(shard, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()
+            }
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{shard} is truncated or is no safetensors file ({error}); download it again") from error

@@ -1,0 +1,244 @@
+"""A model without its blocks' weights: transformers' own modules on the `meta` device, filled block by block.
+
+The skeleton holds real buffers and, inside `outer_weights`, the real embedding, final norm and head. Blocks are copied
+out of it one at a time, loaded, used and dropped, so the whole model is never in memory.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from quantkit.errors import ModelError
+from quantkit.model import architecture
+from quantkit.model.checkpoint import Checkpoint
+
+LINEARS = (nn.Linear, Conv1D)
+# what transformers raises for a config.json with values that it cannot use
+_CONFIG_FAULTS = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError),
+    StrictDataclassError,
+)
+_DENSE_3D = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Skeleton:
+    """A causal language model on `meta`.
+
+    Attributes:
+        config: the model's configuration.
+        model: the transformers model; parameters on `meta`, buffers real.
+        blocks_name: module name of the list of decoder layers, for example `model.layers`.
+        blocks: that list.
+        architecture: facts of the family, None if no file of the model zoo describes it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Build the skeleton from `config.json` alone; no weight is read.
+
+        Raises:
+            ModelError: no usable config.json, an architecture that transformers does not know or that quantkit cannot
+                quantize whole.
+        """
+        self.config = read_config(directory)
+        self.model = _empty_model(self.config, directory)
+        model_type = self.config.model_type
+        self.architecture = architecture.find(self.model.config.to_dict())
+        named = self.architecture and _get_module_list(self.model, self.architecture.blocks)
+        self.blocks_name, self.blocks = named or _largest_module_list(self.model, model_type)
+        _refuse_fused_experts(self.blocks, model_type)
+
+    def block_linears(self, index: int) -> dict[str, nn.Module]:
+        """Return the linears of block `index` by their name inside the block, in the order of the code."""
+        return {
+            name: module for name, module in self.blocks[index].named_modules() if isinstance(module, LINEARS)
+        }
+
+    def module_name(self, index: int, name: str) -> str:
+        """Return the full module name of `name` inside block `index`."""
+        return f"{self.blocks_name}.{index}.{name}"
+
+    def outer_parameters(self, *, every_name: bool = False) -> dict[str, nn.Parameter]:
+        """Return the parameters outside the blocks by module name, tied ones once or under every name."""
+        prefix = f"{self.blocks_name}."
+        named = self.model.named_parameters(remove_duplicate=not every_name)
+        return {name: value for name, value in named if not name.startswith(prefix)}
+
+    def stored_name(self, name: str, checkpoint: Checkpoint) -> str | None:
+        """Return the name under which `checkpoint` stores the module tensor `name`, None if it does not.
+
+        Checkpoints may leave out the name of the base model (`h.0.…` for `transformer.h.0.…`) or spell it out where the
+        module does not have it, and may differ in the ways that the architecture file lists.
+        """
+        prefix = f"{self.model.base_model_prefix}."
+        renamed = self.architecture.stored_names(name) if self.architecture else ()
+        return next(
+            (n for n in (*renamed, name, name.removeprefix(prefix), prefix + name) if n in checkpoint), None
+        )
+
+    def load_block(
+        self, index: int, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+    ) -> nn.Module:
+        """Return a copy of block `index` with its weights; the skeleton stays empty.
+
+        Raises:
+            ModelError: the checkpoint lacks a tensor of the block, or has it in another shape.
+        """
+        module = copy.deepcopy(self.blocks[index])
+        state = module.state_dict()
+        stored: dict[str, str] = {}
+        for name, empty in state.items():
+            full = self.module_name(index, name)
+            source = self.stored_name(full, checkpoint)
+            if source is not None:
+                _refuse_other_shape(source, checkpoint, empty)
+                stored[name] = source
+            elif empty.is_meta:
+                raise ModelError(
+                    f"{checkpoint.directory} has no tensor for {full}; the checkpoint is incomplete"
+                )
+        loaded = checkpoint.load(stored.values(), dtype)
+        module.load_state_dict(
+            {name: loaded[source] for name, source in stored.items()}, strict=False, assign=True
+        )
+        return module.to(device).eval().requires_grad_(False)
+
+    @contextmanager
+    def outer_weights(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+    ) -> Iterator[None]:
+        """Fill everything outside the blocks for the duration of the context, then empty it again.
+
+        Raises:
+            ModelError: the checkpoint lacks a tensor, or has it in another shape.
+        """
+        outer = self.outer_parameters(every_name=True)
+        stored = {name: self.stored_name(name, checkpoint) for name in outer}
+        for name, source in stored.items():
+            if source is not None:
+                _refuse_other_shape(source, checkpoint, outer[name])
+        loaded = checkpoint.load([source for source in stored.values() if source], dtype)
+        try:
+            for name, source in stored.items():
+                if source is not None:
+                    _assign(self.model, name, nn.Parameter(loaded[source].to(device), requires_grad=False))
+            del loaded
+            # as from_pretrained does: what is not stored is tied, and so is what is stored twice with equal values
+            absent = {name for name, source in stored.items() if source is None}
+            self.model.tie_weights(missing_keys=absent, recompute_mapping=False)
+            if missing := [name for name, value in self.outer_parameters().items() if value.is_meta]:
+                raise ModelError(
+                    f"{checkpoint.directory} has no tensor for {missing[0]}; the checkpoint is incomplete"
+                )
+            _move_buffers(self.model, self.blocks, device)
+            yield
+        finally:
+            for name, value in outer.items():
+                _assign(self.model, name, value)
+
+
+def read_config(directory: Path) -> PretrainedConfig:
+    """Return the configuration in `directory`.
+
+    Raises:
+        ModelError: no config.json, not JSON, or a model type that this transformers does not know.
+    """
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{directory} has no config.json; give the directory of a transformers model")
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except _CONFIG_FAULTS as error:
+        raise ModelError(f"{directory / 'config.json'} cannot be used: {_reason(error)}") from error
+    if not isinstance(config, PretrainedConfig):  # pragma: no cover  transformers' promise
+        raise ModelError(f"{directory / 'config.json'} describes no transformers model")
+    return config
+
+
+def _empty_model(config: PretrainedConfig, directory: Path) -> PreTrainedModel:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{directory} is quantized already; give the original model")
+    try:
+        # buffers such as rotary frequencies are no weights: keep them
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    except _CONFIG_FAULTS as error:
+        raise ModelError(
+            f"{directory} is no causal language model that transformers can build: {_reason(error)}"
+        ) from error
+    model.tie_weights()  # inside the context above every assignment makes a parameter of its own
+    model.config.use_cache = False
+    empty: PreTrainedModel = model.eval().requires_grad_(False)
+    return empty
+
+
+def _reason(error: Exception) -> str:
+    """Return the first paragraph of what `error` says, in one line."""
+    return " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
+
+
+def _get_module_list(model: nn.Module, name: str) -> tuple[str, nn.ModuleList] | None:
+    """Return the named list of blocks, None if the model does not have it (a family may nest it elsewhere)."""
+    module: Any = dict(model.named_modules()).get(name)
+    return (name, module) if isinstance(module, nn.ModuleList) and len(module) else None
+
+
+def _largest_module_list(model: nn.Module, model_type: str) -> tuple[str, nn.ModuleList]:
+    """Find the decoder layers of an unknown family: the outermost list of same-class modules with most weights."""
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len({type(block) for block in module}) == 1
+        and any(isinstance(part, LINEARS) for part in module.modules())
+    }
+    if not lists:
+        raise ModelError(
+            f"no list of decoder layers was found in a {model_type} model; it cannot be quantized by block"
+        )
+    name = max(lists, key=lambda name: (sum(p.numel() for p in lists[name].parameters()), -name.count(".")))
+    return name, lists[name]
+
+
+def _refuse_fused_experts(blocks: nn.ModuleList, model_type: str) -> None:
+    """Refuse blocks whose experts are 3-D parameters: their linears would silently stay unquantized."""
+    for block in blocks:
+        for name, module in block.named_modules():
+            if isinstance(module, _DENSE_3D):
+                continue
+            for parameter, value in module.named_parameters(recurse=False):
+                if value.ndim >= 3:
+                    raise ModelError(
+                        f"{model_type} keeps its experts in the {value.ndim}-D parameter {name}.{parameter}; "
+                        "mixture-of-experts models are not supported yet, and quantizing only a part is refused"
+                    )
+
+
+def _refuse_other_shape(source: str, checkpoint: Checkpoint, expected: torch.Tensor) -> None:
+    info = checkpoint.tensors[source]
+    if info.shape != tuple(expected.shape):
+        raise ModelError(
+            f"{source} in {info.shard} has shape {info.shape} but config.json asks for {tuple(expected.shape)}; "
+            "the config and the weights belong to different models"
+        )
+
+
+def _assign(model: nn.Module, name: str, value: nn.Parameter) -> None:
+    """Put `value` in the place of the parameter `name`."""
+    owner, _, attribute = name.rpartition(".")
+    model.get_submodule(owner)._parameters[attribute] = value
+
+
+def _move_buffers(model: nn.Module, blocks: nn.ModuleList, device: torch.device) -> None:
+    inside = {id(module) for module in blocks.modules()}
+    for module in model.modules():
+        if id(module) not in inside:
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)

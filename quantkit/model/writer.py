@@ -1,0 +1,177 @@
+"""Writing a checkpoint so that it appears whole or not at all.
+
+Shards are written as their tensors arrive into a hidden directory beside the output. Only `finish` gives them their
+final names, writes the index and moves the directory into place; a failure before that leaves the output as it was.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantkit.errors import OutputError
+from quantkit.model.checkpoint import INDEX
+
+SHARD_BYTES = 4 * 2**30
+
+
+class Writer:
+    """Writes tensors and side files to `output`; use it as a context manager and call `finish` at the end."""
+
+    def __init__(self, output: Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+        """Prepare to write.
+
+        Raises:
+            OutputError: `output` exists and `overwrite` is off, or its parent cannot be written.
+        """
+        refuse_existing(output, overwrite=overwrite)
+        self.output, self.shard_bytes = output.absolute(), shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[Path] = []
+        self._placement: dict[str, int] = {}
+        self._bytes = 0
+        with _clear_disk_errors(output):
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self.directory = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=self.output.parent))
+            self.directory.chmod(0o755)  # mkdtemp makes it private, but this becomes the user's directory
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)  # nothing is left to remove after `finish`
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor; a shard is written when the next tensor would overflow it.
+
+        Raises:
+            OutputError: the disk is full or cannot be written.
+            ValueError: a tensor of that name was added before.
+        """
+        if name in self._placement:
+            raise ValueError(f"tensor {name} is written twice")
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and sum(map(_bytes, self._pending.values())) + size > self.shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.detach().to("cpu").contiguous()
+        self._placement[name] = len(self._shards)
+        self._bytes += size
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small side file."""
+        with _clear_disk_errors(self.output):
+            (self.directory / name).write_text(text, encoding="utf-8")
+
+    def copy(self, source: Path, name: str | None = None) -> None:
+        """Copy a side file or a directory of the source model, following symbolic links (a Hub cache is full of them)."""
+        with _clear_disk_errors(self.output):
+            target = self.directory / (name or source.name)
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors that were added."""
+        return self._bytes
+
+    def close_shards(self) -> dict[str, str]:
+        """Write what is pending, give the shards their final names, write the index; return {file name: SHA-256}.
+
+        Raises:
+            OutputError: the disk is full or cannot be written.
+        """
+        self._flush()
+        count = len(self._shards)
+        names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+        index = {
+            "metadata": {"total_size": self._bytes},
+            "weight_map": {name: names[shard] for name, shard in sorted(self._placement.items())},
+        }
+        self.write_text(INDEX, json.dumps(index, indent=2) + "\n")
+        with _clear_disk_errors(self.output):
+            for shard, name in zip(self._shards, names, strict=True):
+                shard.rename(self.directory / name)
+            return {name: _sha256(self.directory / name) for name in names}
+
+    def finish(self) -> None:
+        """Move the directory, whose shards are closed, into the place of the output.
+
+        Raises:
+            OutputError: the disk cannot be written; an overwritten output is then back in its place.
+        """
+        with _clear_disk_errors(self.output):
+            _replace(self.directory, self.output)
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        shard = self.directory / f"shard-{len(self._shards):05}.safetensors"
+        with _clear_disk_errors(self.output):
+            save_file(self._pending, shard, metadata={"format": "pt"})
+        self._shards.append(shard)
+        self._pending = {}
+
+
+def refuse_existing(output: Path, *, overwrite: bool) -> None:
+    """Raise OutputError if `output` exists and may not be replaced, or is no directory that could be."""
+    if output.exists() and not overwrite:
+        raise OutputError(f"{output} exists; choose another -o, or replace it with --overwrite")
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file, not a directory; choose another -o")
+
+
+def refuse_full_disk(output: Path, needed: int) -> None:
+    """Raise OutputError if the disk of `output` has fewer than `needed` free bytes."""
+    parent = next(path for path in output.absolute().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(
+            f"{output} needs {needed / 1e9:.2f} GB but {parent} has {free / 1e9:.2f} GB free; free some or choose another -o"
+        )
+
+
+@contextmanager
+def _clear_disk_errors(output: Path) -> Iterator[None]:
+    """Turn what the file system or safetensors says into one OutputError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+        reason = "the disk is full" if full else str(error)
+        raise OutputError(f"cannot write {output}: {reason}; nothing was changed") from error
+
+
+def _replace(directory: Path, output: Path) -> None:
+    """Move `directory` to `output`; an existing output is kept until the new one is in place."""
+    if not output.exists():
+        directory.rename(output)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+    os.replace(output, old)  # noqa: PTH105  onto the empty directory, which makes the name ours
+    try:
+        directory.rename(output)
+    except OSError:
+        old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,1 @@
+"""Quantization methods, one file each; the file's name is the method's name and its `METHOD` is the pass."""

@@ -1,0 +1,160 @@
+"""A recipe: everything that decides what a run makes, as a value that is written beside the model and read back."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import tomli_w
+
+from quantkit import methods
+from quantkit.calibrate.passes import Pass, Phase
+from quantkit.core.scheme import QuantScheme
+from quantkit.errors import UsageError, nearest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """Which text a run calibrates on.
+
+    Attributes:
+        text: name of a mix, or a file.
+        samples: number of sequences.
+        seqlen: tokens in a sequence; None: 2048, or the model's context where that is shorter.
+        batch_size: sequences in a batch; a learning method makes one update per batch.
+        allow_short: go on with fewer sequences where the text has no more.
+    """
+
+    text: str = "default"
+    samples: int = 128
+    seqlen: int | None = None
+    batch_size: int = 1
+    allow_short: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.seqlen is not None and self.seqlen < 2:
+            raise UsageError(f"seqlen must be at least 2, not {self.seqlen}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What is made of which model, how.
+
+    Attributes:
+        model: directory, Hub id or alias.
+        revision: revision on the Hub, None for the alias's own or the newest.
+        scheme: what every quantized weight becomes.
+        ignore: globs of module names that stay dense; every glob must match something.
+        passes: method name → hyper-parameters that differ from the method's defaults for the scheme, in order.
+        calibration: the text.
+        seed: seed of everything random.
+    """
+
+    model: str
+    revision: str | None = None
+    scheme: QuantScheme = field(default_factory=QuantScheme)
+    ignore: tuple[str, ...] = ()
+    passes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"omniquant": {}})
+    calibration: Calibration = field(default_factory=Calibration)
+    seed: int = 0
+
+    def build_passes(self) -> dict[str, Pass]:
+        """Return the passes by method name, ready to run.
+
+        Raises:
+            UsageError: an unknown method or hyper-parameter, an order that is not the phases' order, or not exactly one
+                pass that rounds.
+        """
+        built = {name: _build(name, options, self.scheme) for name, options in self.passes.items()}
+        phases = [step.phase for step in built.values()]
+        if phases != sorted(phases):
+            order = " → ".join(f"{name} ({built[name].phase.name.lower()})" for name in built)
+            raise UsageError(f"the passes are out of order: {order}; folding comes first, then pruning, then rounding")
+        if phases.count(Phase.ROUND) != 1:
+            raise UsageError(f"exactly one pass must round, not {phases.count(Phase.ROUND)}")
+        return built
+
+    def to_toml(self) -> str:
+        """Return the recipe as TOML, every hyper-parameter spelled out."""
+        steps = [{"method": name, **asdict(step)} for name, step in self.build_passes().items()]  # type: ignore[call-overload]
+        table = {
+            "model": self.model,
+            "revision": self.revision,
+            "seed": self.seed,
+            "ignore": list(self.ignore),
+            "scheme": asdict(self.scheme),
+            "calibration": asdict(self.calibration),
+            "passes": steps,
+        }
+        return tomli_w.dumps(_without_none(table))
+
+    @classmethod
+    def from_toml(cls, path: Path, model: str | None = None) -> Self:
+        """Read a recipe file; `model` replaces the model that it names.
+
+        Raises:
+            UsageError: not TOML, or a key or value that a recipe does not have.
+        """
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            steps = {step.pop("method"): step for step in table.pop("passes", [])}
+            scheme = _build_dataclass(QuantScheme, table.pop("scheme", {}))
+            calibration = _build_dataclass(Calibration, table.pop("calibration", {}))
+            table["ignore"] = tuple(table.pop("ignore", ()))
+            if model is not None:
+                table["model"] = model
+            if "model" not in table:
+                raise UsageError(f"the recipe {path} names no model; give one on the command line")
+            chosen = {"passes": steps} if steps else {}
+            recipe = _build_dataclass(cls, {**table, **chosen, "scheme": scheme, "calibration": calibration})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path} is no recipe: {error}") from error
+        recipe.build_passes()
+        return recipe
+
+
+def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with the given fields replaced; `scheme` and `calibration` fields are given by their own name."""
+    own = {f.name for f in fields(Recipe)}
+    scheme = {key: value for key, value in changes.items() if key in {f.name for f in fields(QuantScheme)}}
+    calibration = {key: value for key, value in changes.items() if key in {f.name for f in fields(Calibration)}}
+    return replace(
+        recipe,
+        scheme=replace(recipe.scheme, **scheme),
+        calibration=replace(recipe.calibration, **calibration),
+        **{key: value for key, value in changes.items() if key in own},
+    )
+
+
+def _build(name: str, options: Mapping[str, Any], scheme: QuantScheme) -> Pass:
+    method = methods.find("quantize", name)
+    _refuse_unknown(options, [f.name for f in fields(method)], f"the method {name}")
+    try:
+        step: Pass = replace(method.for_scheme(scheme), **options)
+    except TypeError as error:
+        raise UsageError(f"a hyper-parameter of {name} has the wrong kind of value: {error}") from error
+    return step
+
+
+def _build_dataclass(kind: type, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    _refuse_unknown(values, [f.name for f in fields(kind)], f"the table of {kind.__name__.lower()}")
+    return kind(**values)
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for name in given:
+        if name not in known:
+            hint = nearest(name, known) if known else ""
+            raise UsageError(f"{where} has no {name!r}{hint}")
+
+
+def _without_none(value: Any) -> Any:  # noqa: ANN401  TOML has no null: what is left out is the default
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value

@@ -1,0 +1,88 @@
+"""Every family: what is written loads in plain transformers and computes what was calibrated."""
+
+import pytest
+import torch
+from families import FAMILIES, VOCABULARY, WINDOW, edit_tensors, save_tiny, save_tokenizer
+from transformers import AutoModelForCausalLM
+
+from quantkit.api import quantize
+from quantkit.core.affine import round_to_nearest
+from quantkit.core.scheme import QuantScheme
+
+TOKENS = torch.randint(3, VOCABULARY, (2, 2 * WINDOW), generator=torch.Generator().manual_seed(3))
+GROUPS = QuantScheme(bits=4, group_size=32)
+CHANNELS = QuantScheme(bits=4, symmetric=True)
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=TOKENS, use_cache=False).logits
+
+
+@torch.no_grad()
+def fake_quantized(model, sites, scheme):
+    """Return the model with the weights of `sites` rounded and scales as a float32 model stores them."""
+    for site in sites:
+        weight = model.get_submodule(site).weight
+        weight.copy_(round_to_nearest(weight, scheme, torch.float16).dequantize())
+    return model
+
+
+def export(source, output, scheme):
+    save_tokenizer(source)
+    kind = {"wbits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric}
+    return quantize(source, output=output, method="rtn", samples=2, seqlen=2 * WINDOW, device="cpu", **kind)
+
+
+def assert_reloads(model, source, output, scheme):
+    dense = logits(model)
+    sites = export(source, output, scheme).report["sites"]
+    expected = logits(fake_quantized(model, sites, scheme))
+    loaded = logits(AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32))
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-6)
+    assert (expected - dense).norm() > 0.01 * dense.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_asymmetric_groups(tmp_path, family):
+    source = tmp_path / "source"
+    assert_reloads(save_tiny(family, source), source, tmp_path / "output", GROUPS)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+def test_symmetric_channels(tmp_path, family):
+    source = tmp_path / "source"
+    assert_reloads(save_tiny(family, source), source, tmp_path / "output", CHANNELS)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_names_without_the_base_models_prefix(tmp_path, family):
+    source = tmp_path / "source"
+    model = save_tiny(family, source)
+    edit_tensors(source, lambda tensors: {n.removeprefix("transformer."): tensors[n] for n in tensors})
+    assert_reloads(model, source, tmp_path / "output", GROUPS)
+
+
+def test_a_vision_tower_named_as_on_the_hub(tmp_path):
+    source = tmp_path / "source"
+    model = save_tiny("gemma3", source)
+    edit_tensors(source, lambda tensors: {n.replace("r.e", "r.vision_model.e"): tensors[n] for n in tensors})
+    assert_reloads(model, source, tmp_path / "output", GROUPS)
+
+
+def test_a_tied_head_that_is_stored_too(tmp_path):
+    source = tmp_path / "source"
+    model = save_tiny("bloom", source)
+    head = {"lm_head.weight": model.lm_head.weight.detach().clone()}
+    edit_tensors(source, lambda tensors: tensors | head)
+    assert_reloads(model, source, tmp_path / "output", GROUPS)
+
+
+def test_a_head_that_is_tied_by_the_config_but_stored_with_other_values(tmp_path):
+    source = tmp_path / "source"
+    save_tiny("qwen2", source)
+    edit_tensors(
+        source, lambda tensors: tensors | {"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}
+    )
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert_reloads(model, source, tmp_path / "output", GROUPS)
