@@ -1,19 +1,19 @@
 """The command line's verbs from Python: keyword arguments instead of flags, values and exceptions instead of text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit import methods
-from quantkit.core.scheme import QuantScheme
+from quantkit.calibrate.data import evaluation_windows
+from quantkit.calibrate.text import read_text
+from quantkit.errors import UsageError
+from quantkit.evaluate import generate as generation
+from quantkit.evaluate.loading import load_model
+from quantkit.evaluate.perplexity import Perplexity, perplexity
 from quantkit.pipeline import Progress, execute, prepare
 from quantkit.plan import Plan
-from quantkit.recipe import Calibration, Recipe
-
-DEFAULT_GROUP_SIZE = 128
-SAMPLES_TO_LEARN, SAMPLES_TO_CHECK = 128, 4
-
+from quantkit.recipe import Recipe, with_changes
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
@@ -23,49 +23,25 @@ class Quantized:
     report: Mapping[str, Any]
 
 
-def make_recipe(  # noqa: PLR0913  the recipe's fields by their short names
-    model: str | Path,
-    *,
-    wbits: int = 4,
-    group_size: int | None = DEFAULT_GROUP_SIZE,
-    symmetric: bool = False,
-    method: str = "omniquant",
-    options: Mapping[str, Any] | None = None,
-    ignore: Sequence[str] = (),
-    calibration: str | Path | None = None,
-    samples: int | None = None,
-    seqlen: int | None = None,
-    batch_size: int = 1,
-    allow_short: bool = False,
-    seed: int = 0,
-    revision: str | None = None,
+def make_recipe(
+    model: str | Path, *, method: str = "omniquant", options: Mapping[str, Any] | None = None, **fields: Any  # noqa: ANN401
 ) -> Recipe:
     """Return the recipe of a run with one method.
 
-    A method that learns nothing from data calibrates on a few sequences of the embedded text, just enough to measure
-    block errors and to record logits for `quantkit check`.
+    Args:
+        model: a directory, a Hub id or an alias.
+        method: name of the method; `options` are its hyper-parameters.
+        fields: `wbits`, `group_size` (None: one scale per row), `symmetric`; `ignore` (globs); `calibration` (a name or a
+            file), `samples`, `seqlen`, `batch_size`, `allow_short`; `seed`, `revision`.
 
     Raises:
-        UsageError: a value that is out of range, an unknown method or hyper-parameter.
+        UsageError: a value that is out of range, an unknown method, field or hyper-parameter.
     """
-    learns = methods.find("quantize", method).learns
-    recipe = Recipe(
-        model=str(model),
-        revision=revision,
-        scheme=QuantScheme(bits=wbits, group_size=group_size, symmetric=symmetric),
-        ignore=tuple(ignore),
-        passes={method: dict(options or {})},
-        calibration=Calibration(
-            text=str(calibration or ("default" if learns else "embedded")),
-            samples=samples or (SAMPLES_TO_LEARN if learns else SAMPLES_TO_CHECK),
-            seqlen=seqlen,
-            batch_size=batch_size,
-            allow_short=allow_short,
-        ),
-        seed=seed,
-    )
-    recipe.build_passes()
-    return recipe
+    names = {"wbits": "bits", "calibration": "text"}
+    changes = {names.get(name, name): str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+    if "ignore" in changes:
+        changes["ignore"] = tuple(changes["ignore"])
+    return with_changes(Recipe.for_method(str(model), method), changes, method=method, options=options)
 
 
 def quantize(
@@ -106,3 +82,61 @@ def plan(model: str | Path | Recipe, *, device: str | None = None, **fields: Any
     """
     recipe = model if isinstance(model, Recipe) else make_recipe(model, **fields)
     return prepare(recipe, device).plan
+
+
+def evaluate(  # noqa: PLR0913
+    model: str | Path,
+    *,
+    text: str | Path = "wikitext2-test",
+    seqlen: int = 1024,
+    windows: int | None = None,
+    bos: bool = False,
+    device: str | None = None,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Return the perplexity of a model on a text, by the field's protocol.
+
+    Args:
+        model: a directory, a Hub id or an alias; quantized or not.
+        text: a calibration name, or a .txt (one stream), .jsonl or .parquet (documents) file.
+        seqlen: tokens per window.
+        windows: use only the first ones; None: all.
+        bos: put the tokenizer's BOS before every window.
+        device: as in `quantize`.
+        revision: revision on the Hub.
+        progress: told (windows done, windows in all).
+
+    Raises:
+        QuantkitError: see `quantkit.errors`.
+    """
+    if seqlen < 2 or (windows is not None and windows < 1):
+        raise UsageError(f"seqlen must be at least 2 and windows at least 1, not {seqlen} and {windows}")
+    corpora = read_text(str(text))  # before the model: a missing file should not cost a load
+    loaded, tokenizer = load_model(model, revision=revision, device=device)
+    context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    if context and seqlen > context:
+        raise UsageError(f"--seqlen {seqlen} is longer than the model's context; pass --seqlen {context}")
+    rows = evaluation_windows(corpora, tokenizer, seqlen=seqlen, windows=windows, bos=bos)
+    return perplexity(loaded, rows, progress)
+
+
+def generate(  # noqa: PLR0913
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """Return how a model continues `prompt`; greedy at temperature 0.
+
+    Raises:
+        QuantkitError: see `quantkit.errors`.
+    """
+    loaded, tokenizer = load_model(model, revision=revision, device=device)
+    return generation.generate(
+        loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )

@@ -14,6 +14,10 @@ from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError, nearest
 
 
+DEFAULT_GROUP_SIZE = 128  # the one group size that every runtime of the field has kernels for
+SAMPLES_TO_CHECK = 4
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
     """Which text a run calibrates on.
@@ -56,11 +60,25 @@ class Recipe:
 
     model: str
     revision: str | None = None
-    scheme: QuantScheme = field(default_factory=QuantScheme)
+    scheme: QuantScheme = field(default_factory=lambda: QuantScheme(group_size=DEFAULT_GROUP_SIZE))
     ignore: tuple[str, ...] = ()
     passes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"omniquant": {}})
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
+
+    @classmethod
+    def for_method(cls, model: str, method: str) -> Self:
+        """Return the default recipe of one method.
+
+        A method that learns nothing from data gets a few sequences of the embedded text, enough to measure block errors
+        and to record logits for `quantkit check`.
+
+        Raises:
+            UsageError: no such method.
+        """
+        learns = methods.find("quantize", method).learns
+        calibration = Calibration() if learns else Calibration(text="embedded", samples=SAMPLES_TO_CHECK)
+        return cls(model=model, passes={method: {}}, calibration=calibration)
 
     def build_passes(self) -> dict[str, Pass]:
         """Return the passes by method name, ready to run.
@@ -117,17 +135,32 @@ class Recipe:
         return recipe
 
 
-def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with the given fields replaced; `scheme` and `calibration` fields are given by their own name."""
-    own = {f.name for f in fields(Recipe)}
-    scheme = {key: value for key, value in changes.items() if key in {f.name for f in fields(QuantScheme)}}
-    calibration = {key: value for key, value in changes.items() if key in {f.name for f in fields(Calibration)}}
-    return replace(
+def with_changes(
+    recipe: Recipe, changes: Mapping[str, Any], *, method: str | None = None, options: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Return the recipe with fields replaced.
+
+    Args:
+        recipe: the recipe to start from.
+        changes: fields of Recipe, QuantScheme or Calibration by their own names.
+        method: replace the passes by this method; None keeps them.
+        options: hyper-parameters to set in `method`, or in the last pass.
+
+    Raises:
+        UsageError: an unknown name, or a value that is out of range.
+    """
+    own, scheme, calibration = ([f.name for f in fields(kind)] for kind in (Recipe, QuantScheme, Calibration))
+    _refuse_unknown(changes, [*own, *scheme, *calibration], "a recipe")
+    last = next(reversed(recipe.passes))
+    passes = {method: dict(options or {})} if method else {**recipe.passes, last: {**recipe.passes[last], **(options or {})}}
+    changed = replace(
         recipe,
-        scheme=replace(recipe.scheme, **scheme),
-        calibration=replace(recipe.calibration, **calibration),
-        **{key: value for key, value in changes.items() if key in own},
+        scheme=replace(recipe.scheme, **{key: value for key, value in changes.items() if key in scheme}),
+        calibration=replace(recipe.calibration, **{key: value for key, value in changes.items() if key in calibration}),
+        **{"passes": passes, **{key: value for key, value in changes.items() if key in own}},
     )
+    changed.build_passes()
+    return changed
 
 
 def _build(name: str, options: Mapping[str, Any], scheme: QuantScheme) -> Pass:

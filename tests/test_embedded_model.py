@@ -35,6 +35,12 @@ def model():
     return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
 
 
+@pytest.fixture
+def grammar(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("tiny_grammar")
+
+
 @torch.no_grad()
 def perplexity(model, ids):
     logits = torch.cat([model(input_ids=part, use_cache=False).logits[:, :-1] for part in ids.split(16)])
@@ -65,10 +71,10 @@ def test_perplexity_is_the_claimed_one_and_far_below_the_unigrams(model, ids):
 
 
 def test_two_bits_rounded_to_nearest_hurt_clearly(model, ids):
-    before = perplexity(model, ids)
+    before = claimed("bfloat16 weights")
     round_blocks(model, bits=2)
     after = perplexity(model, ids)
-    assert after > 1.3 * before
+    assert after > 1.2 * before
     assert after == pytest.approx(claimed("2-bit, rounded to nearest"), rel=2e-2)
 
 
@@ -79,12 +85,21 @@ def test_model_is_stored_as_real_ones_are():
     assert all(p.shape[1] % 128 == 0 for p in model.model.layers.parameters() if p.ndim == 2)
 
 
-def test_model_knows_a_fact_of_its_world_and_ends_its_text(model, tokenizer):
-    prompt = tokenizer("Mira stands at the mill. She goes north to the inn. She", return_tensors="pt")
-    prompt.pop("token_type_ids", None)
-    written = model.generate(**prompt, max_new_tokens=120, do_sample=False)[0]
+def test_model_knows_the_capitals_of_its_world(model, tokenizer, grammar):
+    lands = grammar.world().lands
+    asked = [(tokenizer(f"The capital of {land} is")["input_ids"], facts[0]) for land, facts in lands.items()]
+    told = [
+        model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
+        for ids, _ in asked
+    ]
+    known = [tokenizer.decode(t).startswith(f" {town}.") for t, (_, town) in zip(told, asked, strict=True)]
+    assert sum(known) >= 0.9 * len(known)
+
+
+def test_model_ends_its_text(model, tokenizer):
+    prompt = torch.tensor([tokenizer("Mira counts. She starts with seven.")["input_ids"]])
+    written = model.generate(prompt, max_new_tokens=200, do_sample=False)[0]
     assert written[-1].item() in model.generation_config.eos_token_id
-    assert "at the mill again." in tokenizer.decode(written, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("text", ["Mira has two red pears.\nNow, she rests .", "Æ 漢字 \x00\t🙂", ""])
@@ -106,8 +121,6 @@ def test_calibration_is_enough_for_128_samples(tokenizer):
     assert sum(len(tokenizer(text)["input_ids"]) for text in texts_of("embedded.jsonl")) > 128 * WINDOW
 
 
-def test_grammar_writes_the_shipped_texts_again(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    document = importlib.import_module("tiny_grammar").document
+def test_grammar_writes_the_shipped_texts_again(grammar):
     shipped = texts_of("embedded.jsonl")[:50]
-    assert [document("calibration", index)[0] for index in range(50)] == shipped
+    assert [grammar.document("calibration", index)[0] for index in range(50)] == shipped

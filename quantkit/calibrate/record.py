@@ -1,8 +1,8 @@
 """What reaches the blocks: one run of the skeleton with blocks that only look.
 
-Every block's `forward` is replaced by one that notes its arguments and hands its input on. Nothing is computed in the
-blocks, no exception stops the model, and blocks that are called with different arguments (Gemma's sliding and full
-attention masks) each keep their own.
+Every block's `forward` is replaced by one that notes its arguments and hands its input on. Nothing is
+computed in the blocks, no exception stops the model, and blocks that are called with different arguments
+(Gemma's sliding and full attention masks) each keep their own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,28 +35,50 @@ class Recording:
 
 @torch.no_grad()
 def record(skeleton: Skeleton, batches: Sequence[Tensor], device: torch.device) -> Recording:
-    """Run the skeleton, whose outer weights are loaded, on token batches (batch, tokens) int64."""
+    """Run the skeleton, whose outer weights are loaded, on token batches (batch, tokens) int64.
+
+    Raises:
+        ModelError: the model does more between its blocks than to hand one's output to the next.
+    """
     returns_tuple = _blocks_return_tuple(skeleton, device)
     recording = Recording([], [])
     shared: list[Tensor] = []
     for tokens in batches:
-        seen: list[Arguments] = []
-
-        def note(index: int, hidden: Tensor, arguments: Arguments, seen: list[Arguments] = seen) -> Tensor:
-            if index == 0:
-                recording.hidden.append(hidden.clone())
-            seen.append(Arguments(_share(arguments.args, shared), _share(arguments.kwargs, shared)))
-            return hidden
-
-        with _observed(skeleton.blocks, note, returns_tuple=returns_tuple):
+        chain = _Chain(shared)
+        with _observed(skeleton.blocks, chain.note, returns_tuple=returns_tuple):
             skeleton.model.base_model(input_ids=tokens.to(device), use_cache=False)
-        recording.arguments.append(seen)
+        if chain.broken or chain.hidden is None or len(chain.arguments) != len(skeleton.blocks):
+            raise _not_one_at_a_time(skeleton)
+        recording.hidden.append(chain.hidden)
+        recording.arguments.append(chain.arguments)
     return recording
+
+
+class _Chain:
+    """What reaches the blocks in one run, and whether they follow each other without anything in between."""
+
+    def __init__(self, shared: list[Tensor]) -> None:
+        self.shared = shared
+        self.hidden: Tensor | None = None
+        self.arguments: list[Arguments] = []
+        self.broken = False
+
+    def note(self, index: int, hidden: Tensor, arguments: Arguments) -> Tensor:
+        if self.hidden is None:
+            self.hidden = hidden.clone()
+        self.broken |= index != len(self.arguments) or not torch.equal(hidden, self.hidden)
+        self.arguments.append(
+            Arguments(_share(arguments.args, self.shared), _share(arguments.kwargs, self.shared))
+        )
+        return hidden
 
 
 @torch.no_grad()
 def finish(skeleton: Skeleton, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Return the logits (batch, tokens, vocabulary) in float32 of hidden states (batch, tokens, width) after the last block."""
+    """Return the logits (batch, tokens, vocabulary) in float32.
+
+    `hidden`, (batch, tokens, width), is what the last block returned for `tokens`.
+    """
     returns_tuple = _blocks_return_tuple(skeleton, hidden.device)
     with _observed(skeleton.blocks, lambda *_: hidden, returns_tuple=returns_tuple):
         logits: Tensor = skeleton.model(input_ids=tokens.to(hidden.device), use_cache=False).logits
@@ -67,10 +89,10 @@ def finish(skeleton: Skeleton, tokens: Tensor, hidden: Tensor) -> Tensor:
 def _observed(blocks: nn.ModuleList, observe: Observer, *, returns_tuple: bool) -> Iterator[None]:
     """Replace the blocks' forward by `observe` for the duration of the context."""
 
-    def replacement(index: int) -> Callable[..., Tensor | tuple[Tensor]]:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:  # noqa: ANN401
+    def replacement(index: int) -> Callable[..., Tensor | tuple[Tensor, None]]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:  # noqa: ANN401
             output = observe(index, hidden_states, Arguments(args, kwargs))
-            return (output,) if returns_tuple else output
+            return (output, None) if returns_tuple else output  # None stands for the attention weights
 
         return forward
 
@@ -84,7 +106,7 @@ def _observed(blocks: nn.ModuleList, observe: Observer, *, returns_tuple: bool) 
 
 
 def _blocks_return_tuple(skeleton: Skeleton, device: torch.device) -> bool:
-    """Find out whether the model wants its blocks to return a tuple (Falcon, Bloom) or a tensor, by trying both."""
+    """Return whether the model wants its blocks to return a tuple (Falcon, Bloom), by trying both ways."""
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
     for returns_tuple in (False, True):
         with _observed(skeleton.blocks, lambda _, hidden, __: hidden, returns_tuple=returns_tuple):
@@ -94,7 +116,14 @@ def _blocks_return_tuple(skeleton: Skeleton, device: torch.device) -> bool:
                 continue
         if output.ndim == 3 and output.shape[:2] == tokens.shape:
             return returns_tuple
-    raise ModelError(f"the blocks of a {skeleton.config.model_type} model cannot be run one at a time")
+    raise _not_one_at_a_time(skeleton)
+
+
+def _not_one_at_a_time(skeleton: Skeleton) -> ModelError:
+    return ModelError(
+        f"{skeleton.blocks_name} of a {skeleton.config.model_type} model cannot be run one block at a time; "
+        "the family is not supported"
+    )
 
 
 def _share(value: Any, shared: list[Tensor]) -> Any:  # noqa: ANN401  a tree of whatever the model passes
@@ -104,7 +133,8 @@ def _share(value: Any, shared: list[Tensor]) -> Any:  # noqa: ANN401  a tree of 
     """
     if isinstance(value, Tensor):
         for known in shared:
-            if known is value or (known.shape == value.shape and known.dtype == value.dtype and known.equal(value)):
+            same_kind = known.shape == value.shape and known.dtype == value.dtype
+            if known is value or (same_kind and known.equal(value)):
                 return known
         shared.append(value)
         return value

@@ -43,11 +43,12 @@ class _RoundToGrid(torch.autograd.Function):
         (grad,) = grads
         weight, step, zero = ctx.saved_tensors
         ratio = weight / step
-        low, high = ctx.scheme.smallest_code - zero, ctx.scheme.largest_code - zero
-        steps = ratio.round()
-        inside = (steps >= low) & (steps <= high)
+        unclamped = ratio.round().add_(zero)
+        codes = unclamped.clamp(ctx.scheme.smallest_code, ctx.scheme.largest_code)
+        inside = codes == unclamped
         grad_weight = grad * inside if ctx.needs_input_grad[0] else None
-        grad_step = torch.where(inside, steps - ratio, steps.clamp_(low, high)).mul_(grad).sum(dim=-1, keepdim=True)
+        slope = codes.sub_(zero).sub_(ratio.mul_(inside))
+        grad_step = slope.mul_(grad).sum(dim=-1, keepdim=True)
         return grad_weight, grad_step, None, None
 
 

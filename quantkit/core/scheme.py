@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from typing import Self
 
 from quantkit.errors import UsageError, nearest
 
@@ -33,7 +32,7 @@ class QuantScheme:
             raise UsageError(f"the group size must be positive, not {self.group_size}; leave it out for one per row")
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse(cls, text: str) -> "QuantScheme":
         """Return the scheme that `text` names: `w4a16g128` (asymmetric), `w3` (per channel), `w8g32s` (symmetric)."""
         match = _TEXT.fullmatch(text.lower())
         if match is None:

@@ -66,7 +66,7 @@ class Architecture:
             ) from error
 
     def group_of(self, linear: str) -> str:
-        """Return the name of the group that the linear `linear` of a block belongs to, its own name if to none."""
+        """Return the name of the group of the linear `linear` of a block, its own name if no group has it."""
         return next((group.name for group in self.groups if linear in group.linears), linear)
 
     def describes(self, config: Mapping[str, Any]) -> bool:

@@ -27,8 +27,8 @@ class Site:
     Attributes:
         name: full module name.
         local_name: name inside the block.
-        linear: the module; its `weight` has shape (out, in), for GPT-2's Conv1D (in, out). Groups run along the last
-            axis either way, because that is the axis that the packed format groups.
+        linear: the module; its `weight` has shape (out, in), for GPT-2's Conv1D (in, out). Groups run along
+            the last axis either way, because that is the axis that the packed format groups.
         group: name of the group of linears that share this one's input.
         scheme: what the weight becomes.
         scale_dtype: dtype in which scales are stored.
@@ -59,10 +59,13 @@ class Block:
     module: nn.Module
     sites: Sequence[Site]
 
-    def forward(self, hidden: Tensor, arguments: Arguments, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, arguments: Arguments, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """Return the block's output hidden states, (batch, tokens, width).
 
-        `weights` replaces the weights of the named linears (local names) for this call; gradients flow to them.
+        `weights` replaces the weights of the named linears (local names) for this call; gradients flow to
+        them.
         """
         inputs = (hidden, *arguments.args)
         if weights:

@@ -1,7 +1,7 @@
 """A model without its blocks' weights: transformers' own modules on the `meta` device, filled block by block.
 
-The skeleton holds real buffers and, inside `outer_weights`, the real embedding, final norm and head. Blocks are copied
-out of it one at a time, loaded, used and dropped, so the whole model is never in memory.
+The skeleton holds real buffers and, inside `outer_weights`, the real embedding, final norm and head. Blocks
+are copied out of it one at a time, loaded, used and dropped, so the whole model is never in memory.
 """
 
 import copy
@@ -24,7 +24,17 @@ from quantkit.model.checkpoint import Checkpoint
 LINEARS = (nn.Linear, Conv1D)
 # what transformers raises for a config.json with values that it cannot use
 _CONFIG_FAULTS = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError),
+    *(
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+        ArithmeticError,
+        AssertionError,
+    ),
     StrictDataclassError,
 )
 _DENSE_3D = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -45,8 +55,8 @@ class Skeleton:
         """Build the skeleton from `config.json` alone; no weight is read.
 
         Raises:
-            ModelError: no usable config.json, an architecture that transformers does not know or that quantkit cannot
-                quantize whole.
+            ModelError: no usable config.json, an architecture that transformers does not know or that
+                quantkit cannot quantize whole.
         """
         self.config = read_config(directory)
         self.model = _empty_model(self.config, directory)
@@ -75,8 +85,8 @@ class Skeleton:
     def stored_name(self, name: str, checkpoint: Checkpoint) -> str | None:
         """Return the name under which `checkpoint` stores the module tensor `name`, None if it does not.
 
-        Checkpoints may leave out the name of the base model (`h.0.…` for `transformer.h.0.…`) or spell it out where the
-        module does not have it, and may differ in the ways that the architecture file lists.
+        Checkpoints may leave out the name of the base model (`h.0.…` for `transformer.h.0.…`) or spell it out
+        where the module does not have it, and may differ in the ways that the architecture file lists.
         """
         prefix = f"{self.model.base_model_prefix}."
         renamed = self.architecture.stored_names(name) if self.architecture else ()
@@ -131,7 +141,7 @@ class Skeleton:
                 if source is not None:
                     _assign(self.model, name, nn.Parameter(loaded[source].to(device), requires_grad=False))
             del loaded
-            # as from_pretrained does: what is not stored is tied, and so is what is stored twice with equal values
+            # as from_pretrained does: tie what is not stored, and what is stored twice with equal values
             absent = {name for name, source in stored.items() if source is None}
             self.model.tie_weights(missing_keys=absent, recompute_mapping=False)
             if missing := [name for name, value in self.outer_parameters().items() if value.is_meta]:
@@ -185,13 +195,16 @@ def _reason(error: Exception) -> str:
 
 
 def _get_module_list(model: nn.Module, name: str) -> tuple[str, nn.ModuleList] | None:
-    """Return the named list of blocks, None if the model does not have it (a family may nest it elsewhere)."""
+    """Return the named list of blocks, None if the model does not have it."""
     module: Any = dict(model.named_modules()).get(name)
     return (name, module) if isinstance(module, nn.ModuleList) and len(module) else None
 
 
 def _largest_module_list(model: nn.Module, model_type: str) -> tuple[str, nn.ModuleList]:
-    """Find the decoder layers of an unknown family: the outermost list of same-class modules with most weights."""
+    """Find the decoder layers of an unknown family: the outermost list of one class with most weights.
+
+    A wrong guess does not go far: `record` refuses lists that are not the chain of blocks.
+    """
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -216,8 +229,8 @@ def _refuse_fused_experts(blocks: nn.ModuleList, model_type: str) -> None:
             for parameter, value in module.named_parameters(recurse=False):
                 if value.ndim >= 3:
                     raise ModelError(
-                        f"{model_type} keeps its experts in the {value.ndim}-D parameter {name}.{parameter}; "
-                        "mixture-of-experts models are not supported yet, and quantizing only a part is refused"
+                        f"{model_type} keeps weights in the {value.ndim}-D parameter {name}.{parameter}, as "
+                        "mixtures of experts do; that is not supported yet, and quantizing a part is refused"
                     )
 
 
@@ -225,7 +238,8 @@ def _refuse_other_shape(source: str, checkpoint: Checkpoint, expected: torch.Ten
     info = checkpoint.tensors[source]
     if info.shape != tuple(expected.shape):
         raise ModelError(
-            f"{source} in {info.shard} has shape {info.shape} but config.json asks for {tuple(expected.shape)}; "
+            f"{source} in {info.shard} has shape {info.shape} "
+            f"but config.json asks for {tuple(expected.shape)}; "
             "the config and the weights belong to different models"
         )
 

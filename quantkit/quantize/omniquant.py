@@ -10,7 +10,7 @@ X' the actual one. With `aug_loss` the term || F(W, X') - F(Q(W), X') ||^2 is ad
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -77,7 +77,7 @@ class OmniQuant:
             raise UsageError(f"lwc_lr must be positive, not {self.lwc_lr}")
 
     @classmethod
-    def for_scheme(cls, scheme: QuantScheme) -> Self:
+    def for_scheme(cls, scheme: QuantScheme) -> "OmniQuant":
         """Return the paper's setting for `scheme`: at 2 bits 40 epochs with `aug_loss`, otherwise 20 without."""
         return cls(epochs=40, aug_loss=True) if scheme.bits == 2 else cls()
 

@@ -1,7 +1,7 @@
 """Round-to-nearest between each group's smallest and largest weight: no data, no training, the baseline of the field."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from quantkit.calibrate.passes import Phase, Window
 from quantkit.core.affine import round_to_nearest
@@ -16,7 +16,7 @@ class RoundToNearest:
     learns: ClassVar[bool] = False
 
     @classmethod
-    def for_scheme(cls, scheme: QuantScheme) -> Self:  # noqa: ARG003  nothing depends on it
+    def for_scheme(cls, scheme: QuantScheme) -> "RoundToNearest":  # noqa: ARG003  nothing depends on it
         """Return the method; it has no hyper-parameters."""
         return cls()
 

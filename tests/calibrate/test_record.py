@@ -90,8 +90,38 @@ def test_finish_gives_the_logits_of_the_last_hidden_states_in_float32(open_tiny,
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
 
 
-def test_a_model_whose_blocks_change_the_width_is_refused(open_tiny, monkeypatch):
+REFUSAL = "model.layers of a llama model cannot be run one block at a time"
+
+
+def test_a_model_that_does_not_return_hidden_states_is_refused(open_tiny, monkeypatch):
     _, skeleton, checkpoint = open_tiny("llama")
     monkeypatch.setattr(type(skeleton.model.model.norm), "forward", lambda self, hidden: hidden.flatten())
-    with pytest.raises(ModelError, match="the blocks of a llama model cannot be run one at a time"):
+    with pytest.raises(ModelError, match=REFUSAL):
+        recorded(skeleton, checkpoint, tokens(1))
+
+
+class Doubling(torch.nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden, **kwargs):
+        return self.block(2 * hidden, **kwargs)
+
+
+def test_a_model_that_computes_between_its_blocks_is_refused(open_tiny):
+    _, skeleton, checkpoint = open_tiny("llama")
+    skeleton.model.model.layers = torch.nn.ModuleList(
+        [skeleton.blocks[0], Doubling(skeleton.blocks[1])]
+    )  # the skeleton's own list still holds the blocks inside
+    with pytest.raises(ModelError, match=REFUSAL):
+        recorded(skeleton, checkpoint, tokens(1))
+
+
+@pytest.mark.parametrize("order", [(1, 0), (0, 1, 0), (0,)], ids=["reversed", "twice", "left out"])
+def test_a_model_that_does_not_call_each_block_once_in_order_is_refused(open_tiny, order):
+    _, skeleton, checkpoint = open_tiny("llama")
+    skeleton.model.model.layers = torch.nn.ModuleList([skeleton.blocks[index] for index in order])
+    skeleton.model.config.num_hidden_layers = len(order)
+    with pytest.raises(ModelError, match=REFUSAL):
         recorded(skeleton, checkpoint, tokens(1))

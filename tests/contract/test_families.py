@@ -197,7 +197,7 @@ def test_blocks_of_every_family_are_found_even_without_its_file(case, monkeypatc
 def test_fused_experts_are_refused_by_name(tmp_path, family):
     FUSED_EXPERTS[family].save_pretrained(tmp_path)
     with pytest.raises(
-        ModelError, match=rf"^{family} keeps its experts in the 3-D parameter mlp\S+; mixture"
+        ModelError, match=rf"^{family} keeps weights in the 3-D parameter mlp\S+, as mixtures"
     ):
         Skeleton(tmp_path)
 

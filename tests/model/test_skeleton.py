@@ -66,7 +66,7 @@ def test_a_prefix_too_much(tmp_path):
 
 def test_a_vision_tower_named_as_on_the_hub(tmp_path):
     model = save_tiny("gemma3", tmp_path)
-    edit(
+    edit_tensors(
         tmp_path,
         lambda tensors: {
             n.replace("vision_tower.", "vision_tower.vision_model."): tensors[n] for n in tensors

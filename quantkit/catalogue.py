@@ -1,0 +1,23 @@
+"""What `quantkit list` shows."""
+
+from quantkit import methods
+
+KINDS = ("methods", "models", "calibrations", "formats")
+
+
+def rows(kind: str) -> list[dict[str, str]]:
+    """Return one row per thing of a kind, as column name → text."""
+    if kind == "methods":
+        return [{"method": name, "what it does": methods.summary("quantize", name)} for name in methods.names("quantize")]
+    if kind == "formats":
+        return [{"format": name, "what it is": methods.summary("export", name)} for name in methods.names("export")]
+    if kind == "calibrations":
+        from quantkit.calibrate.text import mixes
+
+        return [{"text": mix.name, "what it is": mix.description} for mix in mixes().values()]
+    from quantkit.model.names import aliases
+
+    return [
+        {"alias": name, "model": alias.id or "(ships with quantkit)", "revision": (alias.revision or "")[:12]}
+        for name, alias in aliases().items()
+    ]

@@ -1,0 +1,317 @@
+"""The command line: parse, call `quantkit.api`, show. Nothing is computed here.
+
+Exit codes: 0 success, 1 a bug in quantkit, 2 usage, 3 model, 4 text, 5 network, 6 output, 7 faults found by `check`,
+130 interrupted. Errors are one line on stderr; with `--json` they are the one object on stdout.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantkit import display
+from quantkit.errors import CheckFailure, QuantkitError, UsageError
+
+app = typer.Typer(
+    name="quantkit",
+    help="Make a trained language model small, without retraining.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: a GPU if there is one]")]
+Revision = Annotated[str | None, typer.Option(help="Revision on the Hub: a commit, branch or tag.")]
+Model = Annotated[str, typer.Argument(help="A directory, a Hub id (org/name), or an alias: quantkit list models.")]
+Output = Annotated[Path, typer.Argument(help="A directory that `quantkit quantize` wrote.")]
+
+
+@app.command()
+def quantize(
+    model: Annotated[
+        str | None, typer.Argument(help="A directory, a Hub id (org/name), or an alias: quantkit list models.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to write; it appears whole or not at all.")
+    ] = None,
+    wbits: Annotated[int | None, typer.Option(help="Bits per weight, 2 to 8. [default: 4]")] = None,
+    group_size: Annotated[
+        str | None,
+        typer.Option(help="Weights that share a scale, or `channel` for one scale per row. [default: 128]"),
+    ] = None,
+    symmetric: Annotated[
+        bool | None, typer.Option("--symmetric/--asymmetric", help="No zero points. [default: asymmetric]")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="How to quantize: quantkit list methods. [default: omniquant]")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Glob of linears that stay dense, e.g. '*.down_proj'; repeatable.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to learn from: a name of `quantkit list calibrations`, or a .txt, .jsonl, .parquet or .toml file."
+            " [default: default; embedded for methods that do not learn]"
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences. [default: 128]")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens in a sequence. [default: 2048, or the model's context]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per update. [default: 1]")] = None,
+    allow_short: Annotated[
+        bool | None, typer.Option("--allow-short", help="Go on when the text has fewer sequences than asked for.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the calibration data. [default: 20; 40 at 2 bits]")
+    ] = None,
+    lwc_lr: Annotated[
+        float | None, typer.Option(help="Learning rate of the clipping (omniquant). [default: 0.01]")
+    ] = None,
+    aug_loss: Annotated[
+        bool | None,
+        typer.Option("--aug-loss/--no-aug-loss", help="Second loss term (omniquant). [default: at 2 bits]"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random. [default: 0]")] = None,
+    device: Device = None,
+    revision: Revision = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="TOML recipe, as saved beside a model; flags change it.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUTPUT; the old one is kept until the new one is whole.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan (sites, sizes, memory, disk, time); compute nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL block by block and write packed safetensors that load in transformers and vLLM.
+
+    quantkit quantize llama-7b --wbits 4 -o llama-7b-w4
+
+    quantkit quantize tiny --wbits 3 --group-size 32 --calibration embedded --seqlen 128 -o tiny-w3
+    """
+    with _errors(as_json):
+        from quantkit.pipeline import execute, prepare  # torch takes seconds to import: not for --help
+
+        scheme = {"bits": wbits, "symmetric": symmetric}
+        text = {
+            "text": calibration,
+            "samples": samples,
+            "seqlen": seqlen,
+            "batch_size": batch_size,
+            "allow_short": allow_short,
+        }
+        options = {"epochs": epochs, "lwc_lr": lwc_lr, "aug_loss": aug_loss}
+        chosen = _recipe(
+            model,
+            recipe,
+            method,
+            _given(options),
+            {
+                **_given({**scheme, **text, "seed": seed, "revision": revision}),
+                **({"ignore": tuple(ignore)} if ignore else {}),
+                **({"group_size": _group_size(group_size)} if group_size else {}),
+            },
+        )
+        if not dry_run and output is None:
+            raise UsageError("say where to write with -o DIRECTORY, or look first with --dry-run")
+        if output is not None:
+            from quantkit.model.writer import refuse_existing
+
+            refuse_existing(output, overwrite=overwrite)
+        prepared = prepare(chosen, device)
+        if dry_run or output is None:
+            display.plan(prepared.plan, prepared.recipe, as_json=as_json)
+            return
+        with display.QuantizeProgress(prepared.recipe, quiet=as_json) as progress:
+            report = execute(prepared, output, overwrite=overwrite, progress=progress)
+        display.quantized(output, report, as_json=as_json)
+
+
+@app.command()
+def check(
+    output: Output,
+    against: Annotated[
+        str | None, typer.Option(help="The original model: adds KL divergence and perplexity of both.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text for --against: a calibration name or a file. [default: embedded-test]")
+    ] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window for --against. [default: up to 512]")] = None,
+    windows: Annotated[int, typer.Option(help="Windows for --against.")] = 16,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Reload OUTPUT and verify every tensor, the quantized share, and the logits that were calibrated."""
+    with _errors(as_json):
+        from quantkit.evaluate.check import check as run
+
+        with display.status("checking", quiet=as_json) as say:
+            result = run(
+                output, against=against, text=text, seqlen=seqlen, windows=windows, device=device, progress=say
+            )
+        display.checked(output, result.faults, result.facts, as_json=as_json)
+        if result.faults:
+            raise typer.Exit(CheckFailure.exit_code)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    text: Annotated[
+        str, typer.Option(help="A calibration name (quantkit list calibrations) or a .txt, .jsonl or .parquet file.")
+    ] = "wikitext2-test",
+    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    windows: Annotated[int | None, typer.Option(help="Use only the first N windows. [default: all]")] = None,
+    bos: Annotated[
+        bool, typer.Option("--bos", help="Put the tokenizer's BOS before every window (Gemma needs it).")
+    ] = False,
+    device: Device = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Print the perplexity of a model, quantized or not, by the field's protocol.
+
+    One stream of text, windows that do not overlap, the last partial one dropped, loss in float32. A .txt is one
+    stream as it is; in a .jsonl every document starts with the tokenizer's BOS where it has one.
+    """
+    with _errors(as_json):
+        from quantkit import api
+
+        with display.status("evaluating", quiet=as_json) as say:
+            result = api.evaluate(
+                model,
+                text=text,
+                seqlen=seqlen,
+                windows=windows,
+                bos=bos,
+                device=device,
+                revision=revision,
+                progress=lambda done, total: say(f"window {done} of {total}"),
+            )
+        display.evaluated(model, text, seqlen, result, as_json=as_json)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher samples.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    device: Device = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with a model, quantized or not."""
+    with _errors(as_json):
+        from quantkit import api
+
+        with display.status("loading", quiet=as_json):
+            text = api.generate(
+                model,
+                prompt,
+                max_new_tokens=tokens,
+                temperature=temperature,
+                seed=seed,
+                device=device,
+                revision=revision,
+            )
+        display.generated(prompt, text, as_json=as_json)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="methods, models, calibrations or formats.")],
+    as_json: Json = False,
+) -> None:
+    """List what there is: methods, models (aliases), calibrations (texts) or formats."""
+    with _errors(as_json):
+        from quantkit import catalogue
+
+        if what not in catalogue.KINDS:
+            raise UsageError(f"cannot list {what!r}; one of {', '.join(catalogue.KINDS)}")
+        display.listed(what, catalogue.rows(what), as_json=as_json)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from importlib.metadata import version
+
+        typer.echo(f"quantkit {version('quantkit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _recipe(
+    model: str | None, file: Path | None, method: str | None, options: dict[str, Any], changes: dict[str, Any]
+) -> Any:  # noqa: ANN401  a Recipe, whose module is not imported for --help
+    """Return the recipe of the flags: the defaults, or a file's, with the flags that were given changed."""
+    from quantkit.recipe import Recipe, with_changes
+
+    if file is not None:
+        base = Recipe.from_toml(file, model)
+    elif model is not None:
+        base = Recipe.for_method(model, method or "omniquant")
+    else:
+        raise UsageError("name a model: quantkit quantize MODEL -o DIRECTORY (quantkit list models shows aliases)")
+    return with_changes(base, changes, method=method, options=options)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _group_size(text: str) -> int | None:
+    if text == "channel":
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise UsageError(f"--group-size must be a positive number or `channel`, not {text!r}")
+    return int(text)
+
+
+@contextmanager
+def _errors(as_json: bool) -> Iterator[None]:
+    """Show an error of the user's as one line, or one JSON object, and exit with its code."""
+    display.quiet_libraries()
+    try:
+        yield
+    except QuantkitError as error:
+        display.failed(str(error), error.exit_code, as_json=as_json)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        display.failed("interrupted; nothing was written", 130, as_json=as_json)
+        raise typer.Exit(130) from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
+            raise
+        hint = "lower --samples, --seqlen or --batch-size (quantkit quantize --dry-run predicts the peak)"
+        display.failed(f"out of memory; {hint}", 1, as_json=as_json)
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except BrokenPipeError:  # `quantkit list models | head`
+        sys.stderr.close()
+        sys.exit(0)
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,289 @@
+"""What a person sees: progress, tables, one-line errors. And what a program reads: one JSON object.
+
+Progress goes to stderr and only to a terminal; results go to stdout.
+"""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from quantkit.calibrate.engine import BlockReport
+    from quantkit.evaluate.perplexity import Perplexity
+    from quantkit.plan import Plan
+    from quantkit.recipe import Recipe
+
+_out = Console(highlight=False, soft_wrap=True)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """Keep advisory messages of libraries off the terminal; their errors reach the user as ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore")
+    logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
+
+
+def failed(message: str, code: int, *, as_json: bool) -> None:
+    """Show an error."""
+    if as_json:
+        _print_json({"error": message, "exit_code": code})
+    else:
+        _err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}")
+
+
+def plan(plan: "Plan", recipe: "Recipe", *, as_json: bool) -> None:
+    """Show what a run would do."""
+    if as_json:
+        _print_json(plan_facts(plan, recipe))
+        return
+    _out.print(_plan_table(plan, recipe))
+    _out.print(_sites_table(plan))
+
+
+def plan_facts(plan: "Plan", recipe: "Recipe") -> dict[str, Any]:
+    """Return the plan as the JSON object of `quantize --dry-run --json`."""
+    return {
+        "model": recipe.model,
+        "model_type": plan.model_type,
+        "architecture": plan.architecture,
+        "method": list(recipe.passes)[-1],
+        "scheme": str(recipe.scheme),
+        "bits_per_weight": plan.bits_per_weight,
+        "blocks": plan.blocks,
+        "parameters": plan.parameters,
+        "quantized_parameters": plan.quantized_parameters,
+        "sites": {name: list(shape) for name, shape in plan.shapes.items()},
+        "dense": list(plan.dense),
+        "calibration": {"text": recipe.calibration.text, "samples": plan.samples, "seqlen": plan.seqlen},
+        "device": str(plan.device),
+        "output_bytes": plan.output_bytes,
+        "memory_bytes": plan.memory_bytes,
+        "device_bytes": plan.device_bytes,
+        "seconds": plan.seconds,
+    }
+
+
+class QuantizeProgress:
+    """Follows a quantization on a terminal: the plan, a bar over the blocks with ETA, each block's error."""
+
+    def __init__(self, recipe: "Recipe", *, quiet: bool) -> None:
+        self.recipe = recipe
+        self.quiet = quiet or not (sys.stdout.isatty() and sys.stderr.isatty())
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=_err,
+            disable=self.quiet,
+            transient=True,
+        )
+        self.task = self.bar.add_task("planning", total=None, count="")
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def planned(self, plan: "Plan") -> None:
+        """Show the plan in short."""
+        if not self.quiet:
+            self.bar.console.print(_plan_table(plan, self.recipe))
+            if plan.architecture is None:
+                self.bar.console.print(
+                    f"[yellow]note:[/] no architecture file describes {plan.model_type}; "
+                    "each linear is its own group, which is all this method needs"
+                )
+
+    def stage(self, name: str) -> None:
+        """Name what is being done."""
+        self.bar.reset(self.task, description=name, total=None, count="")
+
+    def progress(self, done: float, total: int) -> None:
+        """Move the bar."""
+        self.bar.update(self.task, completed=done, total=total, count=f"block {min(int(done) + 1, total)} of {total}")
+
+    def block(self, report: "BlockReport") -> None:
+        """Show one block's error before and after."""
+        if self.quiet:
+            return
+        change = report.error / report.error_rtn - 1 if report.error_rtn else 0.0
+        note = f"  [yellow]{report.notes['fallback']}[/]" if "fallback" in report.notes else ""
+        learned = f" → {report.error:.3e} ({change:+.0%})" if report.error != report.error_rtn else ""
+        self.bar.console.print(f"  block {report.index:>3}   error {report.error_rtn:.3e}{learned}{note}")
+
+
+@contextmanager
+def status(text: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Show a spinner with a text that the yielded function replaces."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with _err.status(text) as spinner:
+        yield spinner.update
+
+
+def quantized(output: Path, report: Mapping[str, Any], *, as_json: bool) -> None:
+    """Show what a run made."""
+    if as_json:
+        left_out = ("tensors", "sites", "sha256")
+        _print_json({"output": str(output), **{key: value for key, value in report.items() if key not in left_out}})
+        return
+    measured, blocks = report["measured"], report["blocks"]
+    before = sum(block["error_rtn"] for block in blocks) / len(blocks)
+    after = sum(block["error"] for block in blocks) / len(blocks)
+    table = _facts_table(f"{output}")
+    share = report["quantized_parameters"] / report["parameters"]
+    table.add_row("scheme", f"{report['scheme']} by {report['method']}, {report['bits_per_weight']:.2f} bits per weight")
+    table.add_row("quantized", f"{share:.1%} of {report['parameters']:,} parameters")
+    table.add_row("size", f"{_bytes(measured['output_bytes'])} of weights")
+    table.add_row("block error", f"{before:.3e} rounding to nearest, {after:.3e} kept (mean, relative)")
+    fallbacks = [block["index"] for block in blocks if "fallback" in block["notes"]]
+    if fallbacks:
+        table.add_row("fallback", f"[yellow]rounded to nearest in blocks {', '.join(map(str, fallbacks))}[/]")
+    table.add_row("took", f"{_duration(measured['seconds'])}, peak memory {_bytes(measured['memory_bytes'])}")
+    _out.print(table)
+    _out.print(f"next: quantkit check {output}", markup=False)
+
+
+def checked(output: Path, faults: Sequence[str], facts: Mapping[str, Any], *, as_json: bool) -> None:
+    """Show the result of a check."""
+    if as_json:
+        _print_json({"output": str(output), "ok": not faults, "faults": list(faults), "facts": dict(facts)})
+        return
+    if facts:
+        table = _facts_table(f"{output}")
+        for name, value in facts.items():
+            table.add_row(name.replace("_", " "), _fact(name, value))
+        _out.print(table)
+    for fault in faults:
+        _out.print(f"[bold red]fault:[/] {escape(fault)}")
+    if not faults:
+        _out.print(f"[bold green]ok:[/] {escape(str(output))} is whole and computes what was calibrated")
+
+
+def evaluated(model: str, text: str, seqlen: int, result: "Perplexity", *, as_json: bool) -> None:
+    """Show a perplexity."""
+    if as_json:
+        facts = {"perplexity": result.perplexity, "loss": result.loss, "tokens": result.tokens, "windows": result.windows}
+        _print_json({"model": model, "text": text, "seqlen": seqlen, **facts})
+        return
+    where = f"{text}, {result.windows} windows of {seqlen}, {result.tokens:,} tokens scored"
+    _out.print(f"{escape(model)}: perplexity [bold]{result.perplexity:.4f}[/] ({escape(where)})")
+
+
+def generated(prompt: str, text: str, *, as_json: bool) -> None:
+    """Show a generated text."""
+    if as_json:
+        _print_json({"prompt": prompt, "text": text})
+    else:
+        _out.print(f"[dim]{escape(prompt)}[/]{escape(text)}")
+
+
+def listed(kind: str, rows: Sequence[Mapping[str, str]], *, as_json: bool) -> None:
+    """Show a list."""
+    if as_json:
+        _print_json({kind: list(rows)})
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in rows[0]:
+        table.add_column(column, no_wrap=column == next(iter(rows[0])))
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row.values()))
+    Console(highlight=False).print(table)
+
+
+def _plan_table(plan: "Plan", recipe: "Recipe") -> Table:
+    table = _facts_table(f"{recipe.model}" + (f" @ {recipe.revision[:12]}" if recipe.revision else ""))
+    text = recipe.calibration
+    share = plan.quantized_parameters / plan.parameters
+    method = ", ".join(f"{name} ({_options(step)})" for name, step in recipe.build_passes().items())
+    described = f"described by {plan.architecture}.toml" if plan.architecture else "no architecture file"
+    table.add_row("model", f"{plan.model_type}, {plan.blocks} blocks, {plan.parameters:,} parameters, {described}")
+    table.add_row("method", escape(method.replace(" ()", "")))
+    table.add_row("scheme", f"{recipe.scheme}: {plan.bits_per_weight:.2f} bits per weight with scales and zero points")
+    table.add_row("quantized", f"{len(plan.shapes)} linears, {share:.1%} of the parameters")
+    table.add_row("text", f"{escape(text.text)}, {plan.samples} sequences of {plan.seqlen} tokens, {text.batch_size} per batch")
+    table.add_row("output", f"{_bytes(plan.output_bytes)} of weights")
+    device = f", {_bytes(plan.device_bytes)} on {plan.device}" if plan.device_bytes else f" on {plan.device}"
+    table.add_row("memory", f"about {_bytes(plan.memory_bytes)} at the peak{device}")
+    table.add_row("time", f"about {_duration(plan.seconds)}")
+    return table
+
+
+def _sites_table(plan: "Plan") -> Table:
+    """One row per kind of linear: the blocks repeat the same shapes."""
+    kinds: dict[tuple[str, tuple[int, int]], int] = {}
+    for name, shape in plan.shapes.items():
+        local = ".".join("*" if part.isdecimal() else part for part in name.split("."))
+        kinds[local, shape] = kinds.get((local, shape), 0) + 1
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("linears", "count", "shape", "scheme"):
+        table.add_column(column, justify="left" if column in ("linears", "scheme") else "right")
+    scheme = str(next(iter(plan.schemes.values())))
+    for (local, (rows, columns)), count in kinds.items():
+        table.add_row(local, str(count), f"{rows} × {columns}", scheme)
+    return table
+
+
+def _facts_table(title: str) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, title=escape(title), title_justify="left", title_style="bold")
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    return table
+
+
+def _options(step: object) -> str:
+    from dataclasses import asdict
+
+    return ", ".join(f"{name} {value}" for name, value in asdict(step).items())  # type: ignore[call-overload]
+
+
+def _fact(name: str, value: object) -> str:
+    if isinstance(value, int) and name.endswith("bytes"):
+        return _bytes(value)
+    if isinstance(value, float):
+        return f"{value:.1%}" if name.endswith("share") else f"{value:.6g}"
+    return escape(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            break
+        count /= 1000
+    else:
+        unit = "TB"
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _print_json(value: object) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
