@@ -157,6 +157,7 @@ class _Sink:
                 self.written[prefix + end] = entry
             for end, tensor in exporter.encode(site.quantized).items():
                 self.writer.add(prefix + end, tensor)
+        self.writer.flush()
 
     def copy_rest(self) -> None:
         """Copy every other tensor of the source, known to the model or not, byte for byte."""

@@ -9,6 +9,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from quantkit.calibrate.engine import CHECK_SEQUENCES, CHECK_TOKENS
 from quantkit.calibrate.passes import Pass
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
@@ -167,6 +168,7 @@ class _Cost:
     """
 
     COPIES_ROUNDED = 2.6  # float32 copy and codes of a block rounded for comparison, and temporaries of one weight
+    LIBRARIES = 75e6  # what torch, tokenizers and safetensors allocate when they are first used, measured
     COPIES_TRAINED = 2.1  # fake-quantized weights and their gradients during an update
 
     def __init__(
@@ -221,12 +223,11 @@ class _Cost:
 
     def memory_bytes(self) -> int:
         base = psutil.Process().memory_info().rss
-        shard = max(4 * self.block * self.dense_bytes, 0)
-        logits = 4 * 32 * self.vocabulary * 4 * 2
+        logits = CHECK_SEQUENCES * CHECK_TOKENS * self.vocabulary * 4 * 2
+        written = 2 * self.block * self.dense_bytes  # a shard, and the bytes that safetensors makes of it
         on_host = self.device.type == "cpu"
-        working = max(self.outer_peak() + logits, self.block_peak()) if on_host else shard
-        pending = min(self.output_bytes(torch.float16), 4 * 2**30)  # the shard that is being filled
-        return int(base + self.streams() + working + pending)
+        working = max(self.outer_peak() + logits, self.block_peak()) if on_host else self.outer_peak() + logits
+        return int(base + self.LIBRARIES + self.streams() + working + written)
 
     def device_bytes(self) -> int:
         return int(max(self.outer_peak(), self.block_peak())) if self.device.type == "cuda" else 0

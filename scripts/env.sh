@@ -39,6 +39,20 @@ _expected_stamp() {
     cat pyproject.toml constraints.txt
 }
 
+# Run pip, and say every half minute that it is still at work.
+_install() {
+    local heart status=0
+    while sleep 30 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do say "still installing, $((SECONDS - started)) s"; done &
+    heart=$!
+    : >.venv/install.log
+    # the second constraint is for the environment in which pip builds quantkit itself
+    PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 "$python" -m pip install -qq \
+        --log .venv/install.log --constraint constraints.txt --editable '.[dev]' || status=$?
+    kill "$heart" 2>/dev/null
+    wait "$heart" 2>/dev/null
+    return "$status"
+}
+
 _make_environment() {
     local stamp=.venv/.quantkit-stamp base place
     if [[ -f $stamp && $(<"$stamp") = "$(_expected_stamp)" ]]; then
@@ -46,7 +60,6 @@ _make_environment() {
     fi
     if [[ -f $stamp ]]; then
         IFS= read -r place <"$stamp" || true
-        rm -f -- "$stamp"
     fi
     if [[ ${place:-$root} != "$root" ]] || ! "$python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
     then
@@ -54,10 +67,13 @@ _make_environment() {
         say "making .venv with $("$base" -V)"
         "$base" -m venv --clear .venv || return
     fi
+    rm -f -- "$stamp" # from here on the environment is incomplete
     say "installing quantkit and its dependencies into .venv; the first time this takes minutes …"
     local started=$SECONDS
-    PIP_DISABLE_PIP_VERSION_CHECK=1 "$python" -m pip install --quiet --constraint constraints.txt --editable '.[dev]' ||
-        return
+    if ! _install; then
+        say "pip failed after $((SECONDS - started)) s; what it did is in .venv/install.log"
+        return 1
+    fi
     _expected_stamp >"$stamp.new" && mv -- "$stamp.new" "$stamp" || return
     say "installed in $((SECONDS - started)) s"
 }

@@ -10,7 +10,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def tiny_rtn_w4(tmp_path_factory):
-    """The embedded model, rounded to 4 bits in groups of 32: a finished output directory, not to be changed."""
+    """The embedded model, rounded to 4 bits in groups of 32: a finished output, not to be changed."""
     output = tmp_path_factory.mktemp("shared") / "tiny-w4"
     quantkit.quantize("tiny", output=output, method="rtn", wbits=4, group_size=32)
     return output

@@ -1,7 +1,7 @@
 """Writing a checkpoint so that it appears whole or not at all.
 
-Shards are written as their tensors arrive into a hidden directory beside the output. Only `finish` gives them their
-final names, writes the index and moves the directory into place; a failure before that leaves the output as it was.
+Shards are written into a hidden directory beside the output, one for each finished window of blocks, so nothing that is
+finished waits in memory. Only `finish` moves the directory into place; a failure before that leaves the output as it was.
 """
 
 import errno
@@ -23,7 +23,7 @@ from torch import Tensor
 from quantkit.errors import OutputError
 from quantkit.model.checkpoint import INDEX
 
-SHARD_BYTES = 4 * 2**30
+SHARD_BYTES = 2**30
 
 
 class Writer:
@@ -55,7 +55,7 @@ class Writer:
         shutil.rmtree(self.directory, ignore_errors=True)  # nothing is left to remove after `finish`
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add a tensor; a shard is written when the next tensor would overflow it.
+        """Add a tensor to the current shard; a shard that the tensor would overflow is written first.
 
         Raises:
             OutputError: the disk is full or cannot be written.
@@ -65,10 +65,24 @@ class Writer:
             raise ValueError(f"tensor {name} is written twice")
         size = tensor.numel() * tensor.element_size()
         if self._pending and sum(map(_bytes, self._pending.values())) + size > self.shard_bytes:
-            self._flush()
+            self.flush()
         self._pending[name] = tensor.detach().to("cpu").contiguous()
         self._placement[name] = len(self._shards)
         self._bytes += size
+
+    def flush(self) -> None:
+        """Write the current shard, so that its tensors no longer take memory.
+
+        Raises:
+            OutputError: the disk is full or cannot be written.
+        """
+        if not self._pending:
+            return
+        shard = self.directory / f"shard-{len(self._shards):05}.safetensors"
+        with _clear_disk_errors(self.output):
+            save_file(self._pending, shard, metadata={"format": "pt"})
+        self._shards.append(shard)
+        self._pending = {}
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small side file."""
@@ -92,7 +106,7 @@ class Writer:
         Raises:
             OutputError: the disk is full or cannot be written.
         """
-        self._flush()
+        self.flush()
         count = len(self._shards)
         names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
         index = {
@@ -113,15 +127,6 @@ class Writer:
         """
         with _clear_disk_errors(self.output):
             _replace(self.directory, self.output)
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        shard = self.directory / f"shard-{len(self._shards):05}.safetensors"
-        with _clear_disk_errors(self.output):
-            save_file(self._pending, shard, metadata={"format": "pt"})
-        self._shards.append(shard)
-        self._pending = {}
 
 
 def refuse_existing(output: Path, *, overwrite: bool) -> None:

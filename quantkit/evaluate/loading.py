@@ -1,0 +1,148 @@
+"""Loading a model as everyone does, with plain transformers: what quantkit judges is what others will get."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from quantkit.calibrate.data import load_tokenizer
+from quantkit.errors import ModelError, UsageError
+from quantkit.model import names
+from quantkit.model.checkpoint import Checkpoint
+from quantkit.model.skeleton import read_config
+
+# what transformers and compressed-tensors raise for files that they cannot use
+_FAULTS = (
+    *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError, RuntimeError),
+    *(ArithmeticError, AssertionError, SafetensorError, StrictDataclassError),
+)
+
+
+def load_model(
+    model: str | Path, *, revision: str | None = None, device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a causal language model and its tokenizer; no code that comes with the model is run.
+
+    The weights have the checkpoint's dtype on a GPU and float32 on the CPU. Every one of them was read from
+    the checkpoint, none was initialised at random.
+
+    Args:
+        model: a directory, an alias or a Hub id, quantized or not.
+        revision: revision on the Hub.
+        device: `cpu`, `cuda`, `cuda:1`; None: a GPU if there is one.
+
+    Raises:
+        ModelError: unknown, incomplete, damaged, or no causal language model.
+        UsageError, NetworkError, OutputError: see `names.resolve`; an unknown device.
+    """
+    place = pick_device(device)
+    directory = names.resolve(str(model), revision=revision).path
+    Checkpoint(directory)  # its messages about missing and truncated shards are better than transformers' own
+    with quiet():
+        read_config(directory)
+        loaded, loading = _from_pretrained(directory)
+        _refuse_incomplete(directory, loading)
+        tokenizer = load_tokenizer(directory)
+    _place(loaded, place)
+    return loaded, tokenizer
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Return the device that `name` means; None is a GPU if there is one.
+
+    Raises:
+        UsageError: no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}; use cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"the device {name!r} is not supported; use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"there is no {name} on this machine; leave out --device to use what there is")
+    return device
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and advice off the terminal; its settings come back afterwards."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_bars_were_off = are_progress_bars_disabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            if hub_bars_were_off:
+                disable_progress_bars()
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return how many tokens the model can see, None if its configuration does not say."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def _from_pretrained(directory: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    try:
+        # mismatched sizes are ignored here only to be named by `_refuse_incomplete`
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype="auto",
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except _FAULTS as error:
+        raise ModelError(f"transformers cannot load {directory}: {_reason(error)}") from error
+    model, loading = loaded
+    return model, loading
+
+
+def _refuse_incomplete(directory: Path, loading: dict[str, Any]) -> None:
+    """Raise ModelError for a parameter that transformers had to initialise at random."""
+    if mismatched := sorted(loading["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise ModelError(
+            f"{name} in {directory} has shape {tuple(stored)} but config.json asks for {tuple(expected)}"
+            f"{_more(mismatched)}; the config and the weights belong to different models"
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"{directory} has no tensor for {missing[0]}{_more(missing)}; the checkpoint is incomplete"
+        )
+
+
+def _more(items: list[Any]) -> str:
+    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""
+
+
+def _place(model: nn.Module, device: torch.device) -> None:
+    """Move the model to where it will run, in the dtype in which it will run there."""
+    try:
+        model.to(device, torch.float32 if device.type == "cpu" else None).eval().requires_grad_(False)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ModelError(f"the model does not fit into the memory of {device}; use --device cpu") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the first paragraph of what `error` says, in one line."""
+    return " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__

@@ -1,0 +1,151 @@
+"""What every quantization method and every export format promises, whoever wrote it."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+
+import quantkit
+from quantkit import methods
+from quantkit.calibrate.passes import Phase
+from quantkit.core.affine import round_to_nearest
+from quantkit.core.scheme import QuantScheme
+from quantkit.errors import UsageError
+from quantkit.model.checkpoint import Checkpoint
+from quantkit.model.skeleton import Skeleton
+from quantkit.resources import data_dir
+
+METHODS, FORMATS = methods.names("quantize"), methods.names("export")
+EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
+EVERY_FORMAT = pytest.mark.parametrize("name", FORMATS)
+SCHEMES = [
+    QuantScheme(bits=bits, group_size=size, symmetric=symmetric)
+    for bits, size, symmetric in itertools.product(range(2, 9), (None, 11), (False, True))
+]
+SHAPES = [(1, 11), (7, 22), (33, 44)]  # none of them fills whole words
+SAFETENSORS = {torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16"}
+FEW = {"calibration": "embedded", "samples": 2, "seqlen": 32, "group_size": 32, "wbits": 3, "device": "cpu"}
+SETTINGS = {"omniquant": {"epochs": 1}}  # what keeps the tests short, where the defaults do not
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def result(request, tmp_path_factory):
+    """The embedded model, quantized by one method."""
+    output = tmp_path_factory.mktemp("methods") / request.param
+    options = SETTINGS.get(request.param)
+    return quantkit.quantize("tiny", output=output, method=request.param, options=options, **FEW)
+
+
+def quantized(scheme, shape, dtype=torch.bfloat16):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(scheme.bits))
+    return round_to_nearest(weight, scheme, dtype)
+
+
+def test_the_methods_of_the_papers_are_there():
+    assert {"omniquant", "rtn"} <= set(METHODS)
+    assert "compressed-tensors" in FORMATS
+
+
+@EVERY_METHOD
+def test_a_method_is_a_frozen_dataclass_with_keyword_fields(name):
+    method = methods.find("quantize", name)
+    assert dataclasses.is_dataclass(method)
+    assert method.__dataclass_params__.frozen
+    assert all(field.kw_only for field in dataclasses.fields(method))
+
+
+@EVERY_METHOD
+def test_a_method_can_be_asked_what_it_does(name):
+    method = methods.find("quantize", name)
+    assert isinstance(method.phase, Phase)
+    assert isinstance(method.learns, bool)
+    made = method.for_scheme(QuantScheme(bits=2))
+    assert isinstance(made, method)
+    assert (made.updates_per_batch > 0) == method.learns
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [*(("quantize", n) for n in METHODS), *(("export", n) for n in FORMATS)]
+)
+def test_the_summary_is_one_sentence(family, name):
+    summary = methods.summary(family, name)
+    assert 20 < len(summary) < 130
+    assert summary[0].isalnum()
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "hint"),
+    [
+        ("quantize", "omniquent", "unknown method 'omniquent' (did you mean omniquant?)"),
+        ("quantize", "zzz", f"unknown method 'zzz' (known: {', '.join(METHODS)})"),
+        (
+            "export",
+            "compressed-tensor",
+            "unknown format 'compressed-tensor' (did you mean compressed-tensors?)",
+        ),
+    ],
+)
+def test_an_unknown_name_lists_the_nearest(family, name, hint):
+    with pytest.raises(UsageError) as caught:
+        methods.find(family, name)
+    assert str(caught.value) == hint
+
+
+@pytest.mark.parametrize("name", ["__init__", "../core/affine", "OMNIQUANT", ""])
+def test_only_names_that_are_listed_can_be_found(name):
+    with pytest.raises(UsageError, match="unknown method"):
+        methods.find("quantize", name)
+
+
+def test_every_linear_of_every_block_is_quantized(result):
+    skeleton = Skeleton(data_dir("model_zoo") / "tiny")
+    linears = [
+        skeleton.module_name(i, name)
+        for i in range(len(skeleton.blocks))
+        for name in skeleton.block_linears(i)
+    ]
+    assert result.report["sites"] == linears
+    stored = set(Checkpoint(result.output))
+    assert {f"{site}.weight_packed" for site in linears} <= stored
+    assert not {f"{site}.weight" for site in linears} & stored
+
+
+def test_errors_are_those_of_a_model_that_still_works(result):
+    errors = [block["error"] for block in result.report["blocks"]]
+    assert all(math.isfinite(error) and 0 < error < 0.5 for error in errors)
+
+
+def test_no_block_is_worse_than_rounding(result):
+    for block in result.report["blocks"]:
+        assert block["error"] <= block["error_rtn"] * (1 + 1e-6)
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_what_is_encoded_decodes_to_the_same_weights(name, scheme, shape):
+    exporter, tensor = methods.find("export", name)(), quantized(scheme, shape)
+    decoded = exporter.decode(exporter.encode(tensor), scheme)
+    assert torch.equal(decoded.codes, tensor.codes)
+    assert torch.equal(decoded.scale, tensor.scale)
+    assert scheme.symmetric or torch.equal(decoded.zero_point, tensor.zero_point)
+    assert torch.equal(decoded.dequantize(), tensor.dequantize())
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_the_layout_is_that_of_the_encoded_tensors(name, scheme, shape, dtype):
+    exporter = methods.find("export", name)()
+    tensors = exporter.encode(quantized(scheme, shape, dtype))
+    found = {end: (SAFETENSORS[tensor.dtype], tuple(tensor.shape)) for end, tensor in tensors.items()}
+    assert exporter.layout(shape, scheme, SAFETENSORS[dtype]) == found
+
+
+@EVERY_FORMAT
+def test_encoded_tensors_can_be_written(name):
+    tensors = methods.find("export", name)().encode(quantized(SCHEMES[0], (33, 44)))
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
