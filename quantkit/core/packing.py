@@ -16,6 +16,20 @@ def packed_words(count: int, bits: int) -> int:
 
 def pack(codes: Int8[Tensor, "rows count"], bits: int) -> Int32[Tensor, "rows words"]:
     """Pack signed codes in [-2^(bits-1), 2^(bits-1) - 1] along the last axis, stored plus 2^(bits-1)."""
+    return torch.cat([_pack(part, bits) for part in codes.split(_rows_at_once(codes.shape[1]))])
+
+
+def unpack(packed: Int32[Tensor, "rows words"], bits: int, count: int) -> Int8[Tensor, "rows count"]:
+    """Return the `count` signed codes of each row; the inverse of `pack`."""
+    return torch.cat([_unpack(part, bits, count) for part in packed.split(_rows_at_once(count))])
+
+
+def _rows_at_once(count: int) -> int:
+    # the work is done in 64 bits: in pieces, or a large matrix would need dozens of times its packed size
+    return max(1, 2**20 // max(1, count))
+
+
+def _pack(codes: Int8[Tensor, "rows count"], bits: int) -> Int32[Tensor, "rows words"]:
     rows, count = codes.shape
     unsigned = codes.to(torch.int64) + 2 ** (bits - 1)
     # 32 codes fill exactly `bits` words, so every chunk of 32 has the same layout
@@ -31,8 +45,7 @@ def pack(codes: Int8[Tensor, "rows count"], bits: int) -> Int32[Tensor, "rows wo
     return torch.where(packed > 0x7FFFFFFF, packed - 0x100000000, packed).to(torch.int32)
 
 
-def unpack(packed: Int32[Tensor, "rows words"], bits: int, count: int) -> Int8[Tensor, "rows count"]:
-    """Return the `count` signed codes of each row; the inverse of `pack`."""
+def _unpack(packed: Int32[Tensor, "rows words"], bits: int, count: int) -> Int8[Tensor, "rows count"]:
     words = packed.to(torch.int64) & 0xFFFFFFFF
     words = torch.nn.functional.pad(words, (0, 1))  # so that the last code may look one word ahead
     start = torch.arange(count, device=packed.device) * bits

@@ -43,16 +43,17 @@ def divergence(
     Raises:
         ModelError: the vocabularies differ.
     """
+    vocabularies = [each.config.get_text_config().vocab_size for each in (model, reference)]
+    if vocabularies[0] != vocabularies[1]:
+        raise ModelError(
+            f"the vocabularies differ, {vocabularies[0]} and {vocabularies[1]} tokens; "
+            "give the model that it was made from"
+        )
     sums = torch.zeros(4, dtype=torch.float64)
     tokens = done = 0
     for batch in batches(windows):
         logits = model(batch.to(model.device), use_cache=False).logits
         expected = reference(batch.to(reference.device), use_cache=False).logits.to(logits.device)
-        if logits.shape != expected.shape:
-            raise ModelError(
-                f"the vocabularies differ, {logits.shape[-1]} and {expected.shape[-1]}; "
-                "give the model that it was made from"
-            )
         pairs = zip(chunks(logits, batch), chunks(expected, batch), strict=True)
         for (actual, target), (original, _) in pairs:
             sums += _sums(original.log_softmax(-1), actual.log_softmax(-1), target).cpu()

@@ -50,10 +50,10 @@ class Checkpoint:
         placement = _read_index(directory)
         self.tensors: dict[str, TensorInfo] = {}
         if placement is None:
-            self.tensors.update(_read_header(_single_shard(directory)))
+            self.tensors.update(read_header(_single_shard(directory)))
             return
         for shard in dict.fromkeys(placement.values()):
-            header = _read_header(directory / shard)
+            header = read_header(directory / shard)
             wanted = [name for name, file in placement.items() if file == shard]
             if missing := [name for name in wanted if name not in header]:
                 raise ModelError(
@@ -98,7 +98,9 @@ class Checkpoint:
         for name, info in self.tensors.items():
             if info.dtype in _FLOATING:
                 tensor = self.load([name])[name]
-                bad = int(tensor.numel() - torch.isfinite(tensor).sum())
+                # torch.isfinite does not know the eight-bit floats
+                wide = tensor.float() if tensor.element_size() == 1 else tensor
+                bad = int(tensor.numel() - torch.isfinite(wide).sum())
                 if bad:
                     raise ModelError(
                         f"{name} in {info.shard} has {bad} values that are NaN or infinite; "
@@ -138,7 +140,12 @@ def _single_shard(directory: Path) -> Path:
     raise ModelError(f"{directory} holds neither {SINGLE} nor {INDEX}")
 
 
-def _read_header(shard: Path) -> dict[str, TensorInfo]:
+def read_header(shard: Path) -> dict[str, TensorInfo]:
+    """Return what a shard holds.
+
+    Raises:
+        ModelError: the file is missing, truncated or no safetensors.
+    """
     try:
         with safe_open(shard, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping

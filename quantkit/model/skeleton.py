@@ -51,14 +51,18 @@ class Skeleton:
         architecture: facts of the family, None if no file of the model zoo describes it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, packed: bool = False) -> None:
         """Build the skeleton from `config.json` alone; no weight is read.
+
+        With `packed` the directory is an output of quantkit, and what its `config.json` says of quantization is set aside.
 
         Raises:
             ModelError: no usable config.json, an architecture that transformers does not know or that
                 quantkit cannot quantize whole.
         """
         self.config = read_config(directory)
+        if packed:
+            vars(self.config).pop("quantization_config", None)
         self.model = _empty_model(self.config, directory)
         model_type = self.config.model_type
         self.architecture = architecture.find(self.model.config.to_dict())

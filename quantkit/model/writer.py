@@ -36,14 +36,14 @@ class Writer:
             OutputError: `output` exists and `overwrite` is off, or its parent cannot be written.
         """
         refuse_existing(output, overwrite=overwrite)
-        self.output, self.shard_bytes = output.absolute(), shard_bytes
+        self.output, self.shard_bytes = output.resolve(), shard_bytes  # a link to a directory stays one
         self._pending: dict[str, Tensor] = {}
         self._shards: list[Path] = []
         self._placement: dict[str, int] = {}
         self._bytes = 0
         with _clear_disk_errors(output):
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            self.directory = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=self.output.parent))
+            self.directory = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.partial-", dir=self.output.parent))
             self.directory.chmod(0o755)  # mkdtemp makes it private, but this becomes the user's directory
 
     def __enter__(self) -> Self:
@@ -81,6 +81,7 @@ class Writer:
         shard = self.directory / f"shard-{len(self._shards):05}.safetensors"
         with _clear_disk_errors(self.output):
             save_file(self._pending, shard, metadata={"format": "pt"})
+            shard.chmod(0o644)  # safetensors makes its files private
         self._shards.append(shard)
         self._pending = {}
 
@@ -135,11 +136,13 @@ def refuse_existing(output: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{output} exists; choose another -o, or replace it with --overwrite")
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file, not a directory; choose another -o")
+    if output.is_mount():
+        raise OutputError(f"{output} is a mount point, which cannot be replaced; choose a directory below it")
 
 
 def refuse_full_disk(output: Path, needed: int) -> None:
     """Raise OutputError if the disk of `output` has fewer than `needed` free bytes."""
-    parent = next(path for path in output.absolute().parents if path.exists())
+    parent = next(path for path in output.resolve().parents if path.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(
@@ -164,7 +167,11 @@ def _replace(directory: Path, output: Path) -> None:
         directory.rename(output)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-    os.replace(output, old)  # noqa: PTH105  onto the empty directory, which makes the name ours
+    try:
+        os.replace(output, old)  # noqa: PTH105  onto the empty directory, which makes the name ours
+    except OSError:
+        old.rmdir()
+        raise
     try:
         directory.rename(output)
     except OSError:

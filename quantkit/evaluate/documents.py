@@ -1,0 +1,154 @@
+"""The documents of an output, read with suspicion: what is missing or malformed becomes a fault."""
+
+import json
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from torch import Tensor
+
+from quantkit.core.scheme import QuantScheme
+from quantkit.errors import UsageError
+from quantkit.evaluate.manifest import CHECK, RECIPE, REPORT, recorded_logits
+from quantkit.export.compressed_tensors import scheme_of
+from quantkit.model.checkpoint import INDEX
+
+T = TypeVar("T")
+MOST_LINES = 3  # faults of one kind that are told one by one
+
+_MALFORMED = (ValueError, KeyError, IndexError, TypeError, AttributeError, UsageError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What report.json promises about the weights, and the facts that `check` repeats."""
+
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    sha256: Mapping[str, str]
+    output_bytes: int
+    predicted_bytes: int
+    parameters: int
+    quantized_parameters: int
+    sites: tuple[str, ...]
+    scheme: str
+    method: str
+    device: str
+    source: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read report.json."""
+        table = json.loads(text)
+        return cls(
+            tensors={
+                str(k): (str(kind), tuple(map(int, size))) for k, (kind, size) in table["tensors"].items()
+            },
+            sha256={str(name): str(digest) for name, digest in table["sha256"].items()},
+            output_bytes=int(table["measured"]["output_bytes"]),
+            predicted_bytes=int(table["predicted"]["output_bytes"]),
+            parameters=int(table["parameters"]),
+            quantized_parameters=int(table["quantized_parameters"]),
+            sites=tuple(map(str, table["sites"])),
+            scheme=str(QuantScheme.parse(table["scheme"])),
+            method=str(table["method"]),
+            device=str(table["device"]),
+            source=str(table["source"]["model"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What check.json recorded: tokens (sequences, tokens), ids and logits (sequences, tokens, top), spread."""
+
+    tokens: Tensor
+    ids: Tensor
+    logits: Tensor
+    spread: float
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read check.json."""
+        document = json.loads(text)
+        tokens, ids, logits = recorded_logits(document)
+        spread = float(document["spread"])
+        if not (logits.isfinite().all() and 0 < spread < float("inf")):
+            raise ValueError("the recorded logits are not finite")
+        return cls(tokens=tokens, ids=ids, logits=logits, spread=spread)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """What config.json says of quantization: the scheme, and the linears that stay dense."""
+
+    scheme: str
+    ignore: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read config.json."""
+        config = json.loads(text)["quantization_config"]
+        return cls(scheme=str(scheme_of(config)), ignore=tuple(map(str, config["ignore"])))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """The documents of an output; None where one is missing or malformed."""
+
+    report: Report | None
+    sample: Sample | None
+    quantization: Quantization | None
+    recipe_scheme: str | None
+    index: Mapping[str, str] | None
+
+
+def read_documents(output: Path) -> tuple[Documents, list[str]]:
+    """Return the documents of `output`, and a fault for each that is missing, malformed or contradictory."""
+    faults: list[str] = []
+    documents = Documents(
+        report=_read(output / REPORT, Report.parse, faults),
+        sample=_read(output / CHECK, Sample.parse, faults),
+        quantization=_read(output / "config.json", Quantization.parse, faults),
+        recipe_scheme=_read(output / RECIPE, _recipe_scheme, faults),
+        index=_read(output / INDEX, _weight_map, faults),
+    )
+    configured = documents.quantization and documents.quantization.scheme
+    reported = documents.report and documents.report.scheme
+    for name, scheme in ((RECIPE, documents.recipe_scheme), (REPORT, reported)):
+        if configured and scheme and scheme != configured:
+            faults.append(f"config.json says that the weights are {configured} but {name} says {scheme}")
+    return documents, faults
+
+
+def at_most(lines: Iterable[str]) -> list[str]:
+    """Return the first lines of one kind of fault, and how many more there are."""
+    rest = iter(lines)
+    first = list(islice(rest, MOST_LINES))
+    more = sum(1 for _ in rest)
+    return [*first, f"and {more} more faults like this: {first[-1]}"] if more else first
+
+
+def _read(path: Path, parse: Callable[[str], T], faults: list[str]) -> T | None:
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        faults.append(f"{path.name} is missing")
+    except OSError as error:
+        faults.append(f"{path.name} cannot be read: {error}")
+    except _MALFORMED as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        faults.append(f"{path.name} is damaged: {reason}")
+    return None
+
+
+def _recipe_scheme(text: str) -> str:
+    table: dict[str, Any] = tomllib.loads(text)
+    if not isinstance(table["model"], str):
+        raise ValueError("`model` is not a string")
+    return str(QuantScheme(**table.get("scheme", {})))
+
+
+def _weight_map(text: str) -> dict[str, str]:
+    return {str(name): str(file) for name, file in json.loads(text)["weight_map"].items()}
