@@ -39,11 +39,12 @@ def quiet_libraries() -> None:
 
 
 def failed(message: str, code: int, *, as_json: bool) -> None:
-    """Show an error."""
+    """Show an error, on one line whatever a library put into the message."""
+    message = " ".join(message.split())
     if as_json:
         _print_json({"error": message, "exit_code": code})
     else:
-        _err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}")
+        _err.print(f"[bold red]error:[/] {escape(message)}")
 
 
 def plan(plan: "Plan", recipe: "Recipe", *, as_json: bool) -> None:

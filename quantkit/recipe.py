@@ -4,7 +4,8 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from types import NoneType, UnionType
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 import tomli_w
 
@@ -151,6 +152,8 @@ def with_changes(
     """
     own, scheme, calibration = ([f.name for f in fields(kind)] for kind in (Recipe, QuantScheme, Calibration))
     _refuse_unknown(changes, [*own, *scheme, *calibration], "a recipe")
+    for kind, names in ((Recipe, own), (QuantScheme, scheme), (Calibration, calibration)):
+        _refuse_misfits(kind, {name: value for name, value in changes.items() if name in names}, "the recipe")
     last = next(reversed(recipe.passes))
     passes = {method: dict(options or {})} if method else {**recipe.passes, last: {**recipe.passes[last], **(options or {})}}
     changed = replace(
@@ -165,17 +168,37 @@ def with_changes(
 
 def _build(name: str, options: Mapping[str, Any], scheme: QuantScheme) -> Pass:
     method = methods.find("quantize", name)
-    _refuse_unknown(options, [f.name for f in fields(method)], f"the method {name}")
-    try:
-        step: Pass = replace(method.for_scheme(scheme), **options)
-    except TypeError as error:
-        raise UsageError(f"a hyper-parameter of {name} has the wrong kind of value: {error}") from error
+    _refuse_misfits(method, options, f"the method {name}")
+    step: Pass = replace(method.for_scheme(scheme), **options)
     return step
 
 
 def _build_dataclass(kind: type, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    _refuse_unknown(values, [f.name for f in fields(kind)], f"the table of {kind.__name__.lower()}")
+    _refuse_misfits(kind, values, f"the table of {kind.__name__.lower()}")
     return kind(**values)
+
+
+def _refuse_misfits(kind: type, values: Mapping[str, Any], where: str) -> None:
+    """Raise UsageError for a value that the dataclass `kind` has no field for, or whose type is not the field's."""
+    _refuse_unknown(values, [f.name for f in fields(kind)], where)
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise UsageError(f"{name} in {where} must be {_describe(hints[name])}, not {value!r}")
+
+
+def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401  a type, or a form of the typing module
+    if isinstance(hint, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if hint in (int, float) and isinstance(value, bool):
+        return False  # Python counts True as an int; a recipe does not
+    return isinstance(value, (int, float) if hint is float else get_origin(hint) or hint)
+
+
+def _describe(hint: Any) -> str:  # noqa: ANN401
+    parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "left out"}
+    return " or ".join(words.get(part, str(part)) for part in parts)
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:

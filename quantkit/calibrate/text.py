@@ -151,7 +151,7 @@ def read_file(path: Path) -> Corpus:
         raise DataError(f"there is no text file {path}")
     try:
         if path.suffix == ".txt":
-            corpus = Corpus(documents=(path.read_text(encoding="utf-8"),), stream=True)
+            corpus = Corpus(documents=(path.read_text(encoding="utf-8-sig"),), stream=True)
         elif path.suffix == ".jsonl":
             corpus = Corpus(documents=tuple(_json_lines(path)))
         elif path.suffix == ".parquet":
@@ -166,7 +166,8 @@ def read_file(path: Path) -> Corpus:
 
 
 def _json_lines(path: Path) -> Iterator[str]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # not splitlines: a text may hold U+2028, form feeds and what else Python takes for the end of a line
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -26,13 +26,13 @@ DEFAULT_TEXT, DEFAULT_SEQLEN = "embedded-test", 512
 WORST_RATIO = 100.0  # perplexity over the original's: no usable model is that far off
 
 # How far a logit may be from the recorded one: a share of the spread (standard deviation) of all logits, plus
-# a share of the largest. The weights that are stored are those that were calibrated: storing them loses nothing.
+# one of the largest. The stored weights are exactly those that were calibrated: storing them loses nothing.
 #
-# Float32 on both sides, measured on honest outputs (2, 3, 4, 8 bits; float32, float16, bfloat16 models of 5 and 6
-# layers): at most 1.6e-5 of the spread, nearly all of it from recording six digits; other kernels change at most
-# 1e-5. The least damage tried, all scales of one linear off by one unit in the last place, changes 4e-3.
+# Float32 on both sides, measured on honest outputs (2, 3, 4, 8 bits; float32, float16, bfloat16; 5 and
+# 6 layers): at most 1.6e-5 of the spread, nearly all of it from recording six digits; other kernels change at
+# most 1e-5. The least damage tried, all scales of one linear off by one unit in the last place, changes 4e-3.
 PRECISE = 2e-4
-# bfloat16 on a GPU on either side, measured by running the same models in bfloat16: at most 0.11 of the spread.
+# bfloat16 on a GPU on either side, estimated by running the same models in bfloat16: up to 0.11
 COARSE = 0.5
 RECORDED = 1e-5  # check.json keeps six significant digits
 
@@ -184,6 +184,7 @@ def _reload(
 
 
 @torch.no_grad()
+@quiet()
 def _check_logits(model: PreTrainedModel, sample: Sample, report: Report | None, found: _Findings) -> None:
     """Compare the logits at the recorded positions."""
     try:
@@ -237,8 +238,8 @@ def _compare(
         found.faults.append("the predictions on the text are NaN or infinite")
     elif ratio > WORST_RATIO:
         found.faults.append(
-            f"its perplexity is {measured.perplexity:.4g}, the original's {measured.reference_perplexity:.4g}; "
-            "use more bits or smaller groups"
+            f"its perplexity is {measured.perplexity:.4g}, {ratio:.0f} times the original's "
+            f"{measured.reference_perplexity:.4g}; use more bits or smaller groups"
         )
 
 

@@ -115,7 +115,7 @@ def _linear(
 def _layout(
     checkpoint: Checkpoint, prefix: str, shape: tuple[int, int], scheme: QuantScheme
 ) -> Iterator[str]:
-    """Yield where the packed tensors of one linear differ in form from what its shape and the scheme ask for."""
+    """Yield where the packed tensors of one linear differ in form from what its shape and scheme ask for."""
     scale = checkpoint.tensors.get(f"{prefix}weight_scale")
     kind = scale.dtype if scale and scale.dtype in _SCALES else _SCALES[0]
     try:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantkit.errors import ModelError
+from quantkit.evaluate.loading import quiet
 from quantkit.evaluate.perplexity import batches, chunks, exp
 
 
@@ -32,6 +33,7 @@ class Divergence:
 
 
 @torch.no_grad()
+@quiet()
 def divergence(
     model: PreTrainedModel,
     reference: PreTrainedModel,

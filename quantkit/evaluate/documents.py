@@ -61,7 +61,7 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What check.json recorded: tokens (sequences, tokens), ids and logits (sequences, tokens, top), spread."""
+    """What check.json recorded: (sequences, tokens) tokens, (sequences, tokens, top) ids and logits."""
 
     tokens: Tensor
     ids: Tensor

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quantkit.evaluate.loading import quiet
+
 BATCH_TOKENS = 1024  # how many tokens run at once, at least one window
 CHUNK = 512  # positions whose float32 logits are alive at once, whatever the vocabulary
 
@@ -31,6 +33,7 @@ class Perplexity:
 
 
 @torch.no_grad()
+@quiet()
 def perplexity(
     model: PreTrainedModel, windows: Tensor, progress: Callable[[int, int], None] | None = None
 ) -> Perplexity:

@@ -1,0 +1,137 @@
+import pytest
+import torch
+from families import save_tiny, save_tokenizer
+
+import quantkit
+from quantkit.core.scheme import QuantScheme
+from quantkit.errors import UsageError
+from quantkit.model.checkpoint import BYTES, Checkpoint
+from quantkit.resources import data_dir
+
+FEW = {"method": "rtn", "calibration": "embedded", "samples": 1, "seqlen": 16, "device": "cpu"}
+SCHEMES = ["w2g32", "w3", "w3g64s", "w4g128", "w5s", "w8g32"]
+WEIGHTS_OF_A_BLOCK = 128 * (128 + 64 + 64 + 128) + 3 * 128 * 384
+
+
+def fields(text):
+    scheme = QuantScheme.parse(text)
+    return {"wbits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric}
+
+
+def stored_bytes(directory):
+    return sum(BYTES[info.dtype] * info.elements for info in Checkpoint(directory).tensors.values())
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return quantkit.plan("tiny", wbits=4, group_size=32, device="cpu")
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+def test_the_predicted_size_is_exactly_what_is_written(tmp_path, text):
+    predicted = quantkit.plan("tiny", **FEW, **fields(text)).output_bytes
+    result = quantkit.quantize("tiny", output=tmp_path / "out", **FEW, **fields(text))
+    assert stored_bytes(result.output) == predicted
+    assert result.report["measured"]["output_bytes"] == predicted
+    assert result.report["predicted"]["output_bytes"] == predicted
+
+
+@pytest.mark.parametrize("family", ["opt", "qwen2", "falcon"])
+def test_the_predicted_size_of_other_families_in_float32(tmp_path, family):
+    save_tiny(family, tmp_path / "source")
+    save_tokenizer(tmp_path / "source")
+    result = quantkit.quantize(tmp_path / "source", output=tmp_path / "out", group_size=32, **FEW)
+    assert stored_bytes(result.output) == result.report["predicted"]["output_bytes"]
+
+
+def test_the_model_is_described(plan):
+    assert (plan.model_type, plan.architecture, plan.blocks) == ("llama", "llama", 5)
+    assert (plan.seqlen, plan.samples) == (256, 128)
+    assert plan.scale_dtype == torch.bfloat16
+    assert plan.dense == ("lm_head",)
+
+
+def test_every_linear_of_the_blocks_is_a_site(plan):
+    assert len(plan.schemes) == len(plan.shapes) == 5 * 7
+    assert plan.shapes["model.layers.4.mlp.down_proj"] == (128, 384)
+    assert plan.quantized_parameters == 5 * WEIGHTS_OF_A_BLOCK
+    assert plan.parameters == sum(
+        info.elements for info in Checkpoint(data_dir("model_zoo") / "tiny").tensors.values()
+    )
+
+
+def test_bits_per_weight_count_scales_and_zero_points(plan):
+    assert plan.bits_per_weight == pytest.approx(4 + (16 + 4) / 32)
+
+
+def test_predictions_grow_with_the_work():
+    small, large = (quantkit.plan("tiny", samples=n, group_size=32, device="cpu") for n in (16, 1024))
+    assert 0 < small.memory_bytes < large.memory_bytes
+    assert 0 < small.seconds < large.seconds
+    assert small.device_bytes == large.device_bytes == 0
+
+
+def test_a_plan_computes_nothing(tmp_path, monkeypatch):
+    save_tiny("llama", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the default text is not fetched either
+    assert quantkit.plan(tmp_path, group_size=32, device="cpu").blocks == 2
+
+
+@pytest.mark.parametrize(
+    ("globs", "count"),
+    [
+        (["*.q_proj"], 5),
+        (["model.layers.0.*"], 7),
+        (["*.mlp.*", "*.layers.1.*"], 19),
+        (["*.layers.[34].*"], 14),
+    ],
+    ids=str,
+)
+def test_ignored_linears_stay_dense(globs, count):
+    plan = quantkit.plan("tiny", ignore=globs, group_size=32, device="cpu")
+    assert len(plan.schemes) == 35 - count
+    assert len(plan.dense) == count + 1
+    assert not set(plan.dense) & set(plan.schemes)
+
+
+def test_a_glob_that_matches_nothing_is_refused_with_an_example():
+    with pytest.raises(UsageError) as caught:
+        quantkit.plan("tiny", ignore=["*.q_proj", "*.query"], group_size=32)
+    example = "names look like model.layers.0.self_attn.q_proj"
+    assert str(caught.value) == f"--ignore '*.query' matches no linear of a block; {example}"
+
+
+def test_nothing_left_to_quantize():
+    with pytest.raises(UsageError, match="^--ignore excludes every linear, so nothing is left to quantize$"):
+        quantkit.plan("tiny", ignore=["*"], group_size=32)
+
+
+def test_a_group_size_that_does_not_divide_names_the_linear_its_width_and_sizes():
+    with pytest.raises(UsageError) as caught:
+        quantkit.plan("tiny", group_size=256)
+    problem = "group size 256 does not divide the width 128; sizes that do: 16, 32, 64, 128"
+    assert str(caught.value) == f"model.layers.0.self_attn.q_proj: {problem}"
+
+
+def test_a_linear_of_another_width_may_be_ignored_instead():
+    plan = quantkit.plan("tiny", group_size=384, ignore=["*attn*", "*.gate_proj", "*.up_proj"], device="cpu")
+    assert {name.rpartition(".")[2] for name in plan.schemes} == {"down_proj"}
+
+
+def test_a_sequence_longer_than_the_context():
+    with pytest.raises(UsageError, match="^--seqlen 257 is longer than the model's context of 256$"):
+        quantkit.plan("tiny", seqlen=257, group_size=32)
+
+
+@pytest.mark.parametrize(
+    ("device", "problem"),
+    [
+        ("gpu", "unknown device 'gpu'; use cpu"),
+        ("mps", "'mps' is not supported"),
+        ("cuda:99", "there is no cuda:99"),
+    ],
+)
+def test_a_device_that_cannot_be_used(device, problem):
+    with pytest.raises(UsageError, match=problem):
+        quantkit.plan("tiny", group_size=32, device=device)

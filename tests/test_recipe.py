@@ -1,0 +1,220 @@
+import dataclasses
+import re
+
+import pytest
+
+from quantkit import methods
+from quantkit.api import make_recipe
+from quantkit.calibrate.passes import Phase
+from quantkit.core.scheme import QuantScheme
+from quantkit.errors import UsageError
+from quantkit.recipe import Calibration, Recipe, with_changes
+
+RECIPES = {
+    "defaults": Recipe(model="tiny"),
+    "rows": Recipe(model="tiny", scheme=QuantScheme(bits=3, symmetric=True)),
+    "rtn": Recipe(model="tiny", passes={"rtn": {}}, ignore=("*.q_proj", "model.layers.0.*")),
+    "everything": Recipe(
+        model="org/model",
+        revision="main",
+        scheme=QuantScheme(bits=2, group_size=64),
+        passes={"omniquant": {"epochs": 3, "lwc_lr": 0.5, "aug_loss": False}},
+        calibration=Calibration(text="a.txt", samples=5, seqlen=77, batch_size=3, allow_short=True),
+        seed=9,
+    ),
+}  # fmt: skip
+
+
+def saved(directory, text):
+    path = directory / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(directory, text):
+    with pytest.raises(UsageError) as caught:
+        Recipe.from_toml(saved(directory, text))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def phases(monkeypatch):
+    """Methods named by their phase instead of those of the package."""
+
+    def find(family, name):
+        phase = Phase[name.upper()]
+        made = dataclasses.make_dataclass("Method", [], frozen=True)
+        made.phase, made.for_scheme = phase, classmethod(lambda cls, scheme: cls())
+        return made
+
+    monkeypatch.setattr(methods, "find", find)
+    return lambda *names: Recipe(model="tiny", passes={name: {} for name in names}).build_passes()
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_toml_gives_an_equal_recipe(tmp_path, recipe):
+    again = Recipe.from_toml(saved(tmp_path, recipe.to_toml()))
+    assert again.build_passes() == recipe.build_passes()
+    assert dataclasses.replace(again, passes=recipe.passes) == recipe
+    assert again.to_toml() == recipe.to_toml()
+
+
+def test_toml_spells_out_what_the_defaults_may_become(tmp_path):
+    again = Recipe.from_toml(saved(tmp_path, Recipe(model="tiny", scheme=QuantScheme(bits=2)).to_toml()))
+    assert again.passes == {"omniquant": {"epochs": 40, "lwc_lr": 0.01, "aug_loss": True}}
+
+
+def test_a_recipe_may_be_for_any_model(tmp_path):
+    path = saved(tmp_path, "seed = 3\n")
+    assert Recipe.from_toml(path, model="tiny").model == "tiny"
+    assert refusal(tmp_path, "seed = 3\n").endswith("names no model; give one on the command line")
+
+
+def test_the_command_lines_model_wins(tmp_path):
+    assert Recipe.from_toml(saved(tmp_path, 'model = "gpt2"\n'), model="tiny").model == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ('modell = "tiny"', "'modell' (did you mean model?)"),
+        ("[scheme]\nbit = 4", "'bit' (did you mean bits?)"),
+        ("[calibration]\nsample = 4", "'sample' (did you mean samples?)"),
+        ('[[passes]]\nmethod = "omniquant"\nepoch = 1', "'epoch' (did you mean epochs"),
+        ('[[passes]]\nmethod = "omniquent"', "'omniquent' (did you mean omniquant?)"),
+    ],
+    ids=["recipe", "scheme", "calibration", "hyper-parameter", "method"],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(tmp_path, text, hint):
+    assert hint in refusal(tmp_path, text if "modell" in text else f'model = "tiny"\n{text}')
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not toml",
+        "scheme = 4",
+        "passes = 4",
+        "passes = [4]",
+        "[[passes]]\nepochs = 1",
+        "calibration = []",
+        "ignore = 3",
+    ],
+)
+def test_toml_that_is_no_recipe(tmp_path, text):
+    message = refusal(tmp_path, f'model = "tiny"\n{text}')
+    assert message.startswith(f"{tmp_path / 'recipe.toml'} is no recipe: ")
+
+
+def test_a_recipe_that_is_not_there(tmp_path):
+    with pytest.raises(UsageError, match=r"none\.toml is no recipe: "):
+        Recipe.from_toml(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[scheme]\nbits = 1", "bits must be 2 to 8, not 1"),
+        ('[scheme]\nbits = "4"', "bits in the table of quantscheme must be an integer, not '4'"),
+        ("[scheme]\nbits = true", "bits in the table of quantscheme must be an integer, not True"),
+        ("[scheme]\nsymmetric = 1", "symmetric in the table of quantscheme must be true or false, not 1"),
+        ("[calibration]\nsamples = 0", "samples must be positive, not 0"),
+        ("[calibration]\nbatch_size = -1", "batch_size must be positive, not -1"),
+        ("[calibration]\nseqlen = 1", "seqlen must be at least 2, not 1"),
+        ("[calibration]\ntext = 3", "text in the table of calibration must be a string, not 3"),
+        ('seed = "x"', "seed in the table of recipe must be an integer, not 'x'"),
+        (
+            '[[passes]]\nmethod = "omniquant"\nepochs = "x"',
+            "epochs in the method omniquant must be an integer, not 'x'",
+        ),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(tmp_path, text, problem):
+    assert problem in refusal(tmp_path, f'model = "tiny"\n{text}')
+
+
+@pytest.mark.parametrize(
+    "names", [("round",), ("fold", "round"), ("prune", "round", "guard"), ("fold", "prune", "round")]
+)
+def test_passes_in_the_order_of_their_phases(phases, names):
+    assert tuple(phases(*names)) == names
+
+
+@pytest.mark.parametrize("names", [("round", "fold"), ("prune", "fold", "round"), ("guard", "round")])
+def test_passes_out_of_order_are_named(phases, names):
+    written = re.escape(" → ".join(f"{name} ({name})" for name in names))
+    with pytest.raises(UsageError, match=f"^the passes are out of order: {written}; folding comes first"):
+        phases(*names)
+
+
+@pytest.mark.parametrize("names", [("fold",), ("fold", "prune")])
+def test_one_pass_must_round(phases, names):
+    with pytest.raises(UsageError, match="^exactly one pass must round, not 0$"):
+        phases(*names)
+
+
+def test_two_passes_must_not_round():
+    with pytest.raises(UsageError, match="^exactly one pass must round, not 2$"):
+        Recipe(model="tiny", passes={"rtn": {}, "omniquant": {}}).build_passes()
+
+
+def test_changes_reach_every_part():
+    changes = {"bits": 3, "group_size": None, "samples": 2, "text": "embedded", "seed": 5, "model": "gpt2"}
+    changed = with_changes(RECIPES["everything"], changes, options={"epochs": 7})
+    assert changed.scheme == QuantScheme(bits=3)
+    assert changed.calibration == dataclasses.replace(
+        RECIPES["everything"].calibration, samples=2, text="embedded"
+    )
+    assert (changed.seed, changed.model, changed.revision) == (5, "gpt2", "main")
+    assert changed.passes == {"omniquant": {"epochs": 7, "lwc_lr": 0.5, "aug_loss": False}}
+
+
+def test_another_method_replaces_the_passes():
+    changed = with_changes(RECIPES["everything"], {}, method="rtn")
+    assert changed.passes == {"rtn": {}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"wbit": 4}, r"no 'wbit' \(did you mean bits"),
+        ({"bits": 9}, "bits must be 2 to 8"),
+        ({"bits": "4"}, "bits in the recipe must be an integer, not '4'"),
+        ({"samples": 2.5}, "samples in the recipe must be an integer, not 2.5"),
+    ],
+    ids=["unknown", "out of range", "text", "fraction"],
+)
+def test_changes_that_cannot_be(changes, problem):
+    with pytest.raises(UsageError, match=problem):
+        with_changes(RECIPES["defaults"], changes)
+
+
+@pytest.mark.parametrize(
+    ("method", "text", "samples"),
+    [("omniquant", "default", 128), ("rtn", "embedded", 4)],
+    ids=["learns", "does not"],
+)
+def test_a_method_that_learns_gets_more_text(method, text, samples):
+    recipe = make_recipe("tiny", method=method)
+    assert (recipe.calibration.text, recipe.calibration.samples) == (text, samples)
+
+
+def test_flags_become_a_recipe(tmp_path):
+    recipe = make_recipe(
+        tmp_path,
+        wbits=3,
+        group_size=None,
+        symmetric=True,
+        calibration=tmp_path / "a.txt",
+        ignore=["*.q_proj"],
+        seed=4,
+    )
+    assert recipe.model == str(tmp_path)
+    assert recipe.scheme == QuantScheme(bits=3, symmetric=True)
+    assert recipe.calibration.text == str(tmp_path / "a.txt")
+    assert (recipe.ignore, recipe.seed) == (("*.q_proj",), 4)
+
+
+def test_the_default_scheme_is_four_bits_in_groups_of_128():
+    assert str(make_recipe("tiny").scheme) == "w4a16g128"
