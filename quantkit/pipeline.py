@@ -270,6 +270,8 @@ def _refuse_source(output: Path, source: Path) -> None:
     target, model = output.resolve(), source.resolve()
     if target == model or target in model.parents:
         raise OutputError(f"{output} holds the model that is being read; choose another -o")
+    if model in target.parents:
+        raise OutputError(f"{output} lies inside the model that is being read; choose another -o")
 
 
 def _device(name: str | None) -> torch.device:

@@ -120,7 +120,7 @@ class Recipe:
         """
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
-            steps = {step.pop("method"): step for step in table.pop("passes", [])}
+            steps = _read_passes(table.pop("passes", []))
             scheme = _build_dataclass(QuantScheme, table.pop("scheme", {}))
             calibration = _build_dataclass(Calibration, table.pop("calibration", {}))
             table["ignore"] = tuple(table.pop("ignore", ()))
@@ -164,6 +164,17 @@ def with_changes(
     )
     changed.build_passes()
     return changed
+
+
+def _read_passes(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the entries by method name; a method that is named twice is refused, for one would hide the other."""
+    steps: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        name = entry.pop("method")
+        if name in steps:
+            raise ValueError(f"it names the pass {name} twice")
+        steps[name] = entry
+    return steps
 
 
 def _build(name: str, options: Mapping[str, Any], scheme: QuantScheme) -> Pass:

@@ -103,7 +103,7 @@ def test_a_glob_that_matches_nothing_is_refused_with_an_example():
 
 
 def test_nothing_left_to_quantize():
-    with pytest.raises(UsageError, match="^--ignore excludes every linear, so nothing is left to quantize$"):
+    with pytest.raises(UsageError, match=r"^--ignore excludes every linear, so nothing is left to quantize$"):
         quantkit.plan("tiny", ignore=["*"], group_size=32)
 
 
@@ -120,7 +120,7 @@ def test_a_linear_of_another_width_may_be_ignored_instead():
 
 
 def test_a_sequence_longer_than_the_context():
-    with pytest.raises(UsageError, match="^--seqlen 257 is longer than the model's context of 256$"):
+    with pytest.raises(UsageError, match=r"^--seqlen 257 is longer than the model's context of 256$"):
         quantkit.plan("tiny", seqlen=257, group_size=32)
 
 

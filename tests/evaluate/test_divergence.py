@@ -66,6 +66,7 @@ def test_a_token_that_is_impossible_counts_nothing(model):
 
 def test_refuses_another_vocabulary(model, tmp_path):
     other = save_tiny("llama", tmp_path / "other")
+    other.config = copy.deepcopy(other.config)
     other.config.vocab_size = 7
     with pytest.raises(ModelError, match="vocabularies differ, 128 and 7"):
         divergence(model, other, ROWS)

@@ -34,7 +34,9 @@ def test_the_cache_changes_nothing_in_any_family(tmp_path, family):
     model.generation_config.eos_token_id = -1
     save_tokenizer(tmp_path)
     tokenizer = load_model(tmp_path, device="cpu")[1]
-    assert "abc" + generate(model, tokenizer, "abc", max_new_tokens=16) == greedily(model, tokenizer, "abc", 16)
+    prompt = tokenizer.decode(tokenizer("abc")["input_ids"])
+    text = generate(model, tokenizer, "abc", max_new_tokens=16)
+    assert prompt + text == greedily(model, tokenizer, "abc", 16)
 
 
 def test_sampling_repeats_with_the_seed_and_leaves_the_global_state(tiny):
@@ -45,7 +47,9 @@ def test_sampling_repeats_with_the_seed_and_leaves_the_global_state(tiny):
 
 
 def test_a_low_temperature_is_greedy(tiny):
-    assert generate(*tiny, "The", temperature=1e-6, max_new_tokens=8) == generate(*tiny, "The", max_new_tokens=8)
+    assert generate(*tiny, "The", temperature=1e-6, max_new_tokens=8) == generate(
+        *tiny, "The", max_new_tokens=8
+    )
 
 
 def test_an_empty_prompt_begins_with_bos(tiny):
