@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
 # Quantize the embedded model to 4 bits, check what was written, measure what it costs, and let it speak: one or two
-# minutes on a laptop's CPU, without network once the environment is installed. `scripts/quickstart.sh [output]`
+# minutes on one core, without network once the environment is installed. `scripts/quickstart.sh [output]`
 set -euo pipefail
 given=${1:-}
 [[ -z $given || $given = /* ]] || given=$PWD/$given
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 export HF_HUB_OFFLINE=1
+# the model is so small that a second thread costs more than it gives, on a busy machine many times more
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=${MKL_NUM_THREADS:-1}
 
 output=${given:-out/tiny-w4}
 
 # step NAME quantkit-arguments…: run one command, stop at its failure and name it
 step() {
-    local name=$1 status=0 started=$SECONDS
+    local name=$1 status=0 started=$SECONDS word
     shift
     printf '\n== %s\n$ quantkit' "$name"
-    printf ' %q' "$@"
+    for word in "$@"; do
+        case $word in *" "*) printf ' "%s"' "$word" ;; *) printf ' %s' "$word" ;; esac
+    done
     printf '\n'
     "$python" -m quantkit "$@" || status=$?
     if ((status)); then

@@ -32,7 +32,7 @@ CONFINED = {
     "pyarrow": {"calibrate/text.py"},
     "transformers": {
         *("calibrate/data.py", "model/skeleton.py"),
-        *(f"evaluate/{name}.py" for name in ("divergence", "generate", "loading", "perplexity")),
+        *(f"evaluate/{name}.py" for name in ("check", "divergence", "generate", "loading", "perplexity")),
     },
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantkit.calibrate.data import evaluation_windows
 from quantkit.calibrate.text import Corpus, read_text
@@ -16,9 +15,10 @@ from quantkit.errors import ModelError, UsageError
 from quantkit.evaluate.coverage import Coverage, coverage, report_faults, size_faults
 from quantkit.evaluate.divergence import divergence
 from quantkit.evaluate.documents import Documents, Report, Sample, read_documents
-from quantkit.evaluate.loading import context_length, load_model, pick_device, quiet
+from quantkit.evaluate.loading import Model, Tokenizer, context_length, load_model, pick_device, quiet
 from quantkit.evaluate.manifest import REPORT
 from quantkit.evaluate.shards import Shards, read_shards, shard_faults, value_faults
+from quantkit.model import names
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.skeleton import Skeleton
 
@@ -95,7 +95,7 @@ def check(  # noqa: PLR0913
     pick_device(device)
     if windows < 1 or (seqlen is not None and seqlen < 2):
         raise UsageError(f"windows must be at least 1 and seqlen at least 2, not {windows} and {seqlen}")
-    corpora = read_text(text or DEFAULT_TEXT) if against else []
+    corpora = _read_for(against, text)
     say = progress or (lambda _: None)
     found = _Findings()
     documents = _check_files(output, found, say)
@@ -109,6 +109,14 @@ def check(  # noqa: PLR0913
         rows = _windows(corpora, tokenizer, model, seqlen, windows)
         _compare(model, load_model(against, device=device)[0], rows, found, say)
     return CheckResult(faults=tuple(dict.fromkeys(found.faults)), facts=_finite(found.facts))
+
+
+def _read_for(against: str | None, text: str | None) -> list[Corpus]:
+    """Return the text to compare on; a wrong name of it or of the original should not cost a whole check."""
+    if against is None:
+        return []
+    names.resolve(against, weights=False)
+    return read_text(text or DEFAULT_TEXT)
 
 
 def _refuse_stranger(output: Path) -> None:
@@ -175,7 +183,7 @@ def _share_facts(share: Coverage) -> dict[str, Any]:
 
 def _reload(
     output: Path, device: str | None, found: _Findings
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | tuple[None, None]:
+) -> tuple[Model, Tokenizer] | tuple[None, None]:
     try:
         return load_model(output.absolute(), device=device)
     except ModelError as error:
@@ -185,7 +193,7 @@ def _reload(
 
 @torch.no_grad()
 @quiet()
-def _check_logits(model: PreTrainedModel, sample: Sample, report: Report | None, found: _Findings) -> None:
+def _check_logits(model: Model, sample: Sample, report: Report | None, found: _Findings) -> None:
     """Compare the logits at the recorded positions."""
     try:
         logits = model(sample.tokens.to(model.device), use_cache=False).logits.float().cpu()
@@ -211,8 +219,8 @@ def _check_logits(model: PreTrainedModel, sample: Sample, report: Report | None,
 
 def _windows(
     corpora: list[Corpus],
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    model: Model,
     seqlen: int | None,
     windows: int,
 ) -> Tensor:
@@ -224,8 +232,8 @@ def _windows(
 
 
 def _compare(
-    model: PreTrainedModel,
-    reference: PreTrainedModel,
+    model: Model,
+    reference: Model,
     rows: Tensor,
     found: _Findings,
     say: Callable[[str], None],

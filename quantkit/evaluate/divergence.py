@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from quantkit.errors import ModelError
-from quantkit.evaluate.loading import quiet
+from quantkit.evaluate.loading import Model, quiet
 from quantkit.evaluate.perplexity import batches, chunks, exp
 
 
@@ -35,8 +34,8 @@ class Divergence:
 @torch.no_grad()
 @quiet()
 def divergence(
-    model: PreTrainedModel,
-    reference: PreTrainedModel,
+    model: Model,
+    reference: Model,
     windows: Tensor,
     progress: Callable[[int, int], None] | None = None,
 ) -> Divergence:

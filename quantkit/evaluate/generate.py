@@ -5,16 +5,15 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantkit.errors import UsageError
-from quantkit.evaluate.loading import context_length, quiet
+from quantkit.evaluate.loading import Model, Tokenizer, context_length, quiet
 
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: Tokenizer,
     prompt: str,
     *,
     max_new_tokens: int = 64,
@@ -52,7 +51,7 @@ def generate(
         return _text(tokenizer, ids, new)
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     ids = list(tokenizer(prompt, verbose=False)["input_ids"])
     if not ids and tokenizer.bos_token_id is not None:
         ids = [int(tokenizer.bos_token_id)]
@@ -61,7 +60,7 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _ends(model: Model, tokenizer: Tokenizer) -> set[int]:
     """Return the tokens that end a text."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     if configured is None:
@@ -69,7 +68,7 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int
     return {configured} if isinstance(configured, int) else set(configured or ())
 
 
-def _next_logits(model: PreTrainedModel, ids: list[int], new: list[int]) -> Iterator[Tensor]:
+def _next_logits(model: Model, ids: list[int], new: list[int]) -> Iterator[Tensor]:
     """Yield the logits of the token behind `ids` and `new`; the caller appends one to `new` each time."""
     fed, cache = ids, None
     while True:
@@ -88,7 +87,7 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> i
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], new: list[int]) -> str:
+def _text(tokenizer: Tokenizer, ids: list[int], new: list[int]) -> str:
     """Return the text of `new`, decoded behind the prompt: alone, it could lose its leading space."""
 
     def decode(tokens: list[int]) -> str:

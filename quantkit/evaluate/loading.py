@@ -20,6 +20,8 @@ from quantkit.model import names
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.skeleton import read_config
 
+Model, Tokenizer = PreTrainedModel, PreTrainedTokenizerBase  # what the rest of `evaluate` calls them
+
 # what transformers and compressed-tensors raise for files that they cannot use
 _FAULTS = (
     *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError, RuntimeError),

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from quantkit.evaluate.loading import quiet
+from quantkit.evaluate.loading import Model, quiet
 
 BATCH_TOKENS = 1024  # how many tokens run at once, at least one window
 CHUNK = 512  # positions whose float32 logits are alive at once, whatever the vocabulary
@@ -35,7 +34,7 @@ class Perplexity:
 @torch.no_grad()
 @quiet()
 def perplexity(
-    model: PreTrainedModel, windows: Tensor, progress: Callable[[int, int], None] | None = None
+    model: Model, windows: Tensor, progress: Callable[[int, int], None] | None = None
 ) -> Perplexity:
     """Return the perplexity of `model` on `windows`, (windows, seqlen) int64, seqlen at least 2.
 

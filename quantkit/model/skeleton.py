@@ -54,7 +54,7 @@ class Skeleton:
     def __init__(self, directory: Path, *, packed: bool = False) -> None:
         """Build the skeleton from `config.json` alone; no weight is read.
 
-        With `packed` the directory is an output of quantkit, and what its `config.json` says of quantization is set aside.
+        With `packed` the directory is an output of quantkit; what `config.json` says of quantization is ignored.
 
         Raises:
             ModelError: no usable config.json, an architecture that transformers does not know or that

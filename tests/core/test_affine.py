@@ -9,6 +9,7 @@ import torch
 from quantkit.core.affine import (
     LARGEST_STEP,
     SMALLEST_STEP,
+    fake_quantize,
     group_bounds,
     quantize,
     round_to_nearest,
@@ -182,6 +183,13 @@ def test_extreme_weights_give_finite_results(scheme, scale):
     quantized = round_to_nearest(weight, scheme, torch.bfloat16)
     assert torch.isfinite(quantized.dequantize()).all()
     assert scheme.smallest_code <= quantized.codes.min() <= quantized.codes.max() <= scheme.largest_code
+
+
+def test_a_weight_between_two_levels_is_rounded_before_the_zero_point_is_added():
+    scheme, low, high = QuantScheme(bits=3), torch.tensor([[-1.0]]), torch.tensor([[6.0]])  # h = 1 and z = 1
+    weight = torch.tensor([[-0.5, 0.5, 1.5, 2.5]])
+    assert quantize(weight, low, high, scheme, torch.float16).dequantize().tolist() == [[0, 0, 2, 2]]
+    assert fake_quantize(weight, low, high, scheme).tolist() == [[0, 0, 2, 2]]
 
 
 def test_the_zero_point_has_no_gradient():

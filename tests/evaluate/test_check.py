@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.errors import ModelError, UsageError
+from quantkit.evaluate import check as module
 from quantkit.evaluate.check import check
 
 INDEX = "model.safetensors.index.json"
@@ -127,7 +128,7 @@ def test_a_weight_that_is_infinite(output):
 
 
 def test_a_tensor_in_two_shards(output):
-    other = "model.layers.0.input_layernorm.weight"
+    other = f"{LINEAR}.weight_packed"
     assert output.shard_of(other) != output.shard_of(NORM)
     output.edit_shard(other, lambda tensors: tensors.update({NORM: torch.ones(128)}), forge=True)
     assert_told(output.faults(), NORM, "in 2 shards")
@@ -211,17 +212,17 @@ def test_the_least_change_of_one_linears_scales(output):
 
 
 @pytest.mark.parametrize("name", ["report.json", "check.json", "config.json", "recipe.toml", INDEX])
-@pytest.mark.parametrize("content", ["{ broken", "{}", "[]", "\0", None])
-def test_a_broken_document(output, name, content, monkeypatch):
-    monkeypatch.setattr(
-        "quantkit.evaluate.check._reload", lambda *_: (None, None)
-    )  # told by the reading alone
-    if content is not None:
-        (output.path / name).write_text(content)
-        assert_told(output.faults(), name, "damaged")
-    elif name != "report.json":
-        (output.path / name).unlink()
-        assert_told(output.faults(), f"{name} is missing")
+def test_a_broken_document(output, name, monkeypatch):
+    monkeypatch.setattr(module, "_reload", lambda *_: (None, None))  # reading alone must tell
+    for content in ("{ broken", "{}", "[]", "\0", "\udcff"):
+        (output.path / name).write_text(content, errors="surrogateescape")
+        assert_told(output.faults(), f"{name} is damaged")
+
+
+@pytest.mark.parametrize("name", ["check.json", "config.json", "recipe.toml", INDEX])
+def test_a_missing_document(output, name):
+    (output.path / name).unlink()
+    assert_told(output.faults(), f"{name} is missing")
 
 
 def test_recorded_logits_that_do_not_fit(output):

@@ -17,7 +17,7 @@ def model(tmp_path):
 
 
 def with_fixed_logits(model, logits):
-    """Return a model that predicts softmax(`logits`) everywhere: constant hidden states, one head column in use."""
+    """Return a model that predicts softmax(`logits`) everywhere: the hidden states are constant."""
     fixed = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in fixed.parameters():

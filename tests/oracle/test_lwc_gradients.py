@@ -5,6 +5,7 @@ the clamp stops them outside the grid, and the zero point is a constant.
 """
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -129,3 +130,10 @@ def test_learnable_clip_starts_at_the_papers_share_of_the_range(scheme):
     share = torch.tensor(4.0).sigmoid()
     assert share.item() == pytest.approx(0.982014, abs=1e-6)
     assert torch.equal(torch.stack(clip.bounds()), torch.stack((low * share, high * share)))
+
+
+def test_gamma_clips_the_largest_weight_and_beta_the_smallest():
+    clip = LearnableClip(torch.tensor([[-1.0, 2.0]]), QuantScheme(bits=3))
+    torch.nn.init.constant_(clip.gamma, 0.0)
+    torch.nn.init.constant_(clip.beta, math.log(3))
+    assert [bound.item() for bound in clip.bounds()] == pytest.approx([-0.75, 1.0])
