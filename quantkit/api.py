@@ -15,6 +15,7 @@ from quantkit.pipeline import Progress, execute, prepare
 from quantkit.plan import Plan
 from quantkit.recipe import Recipe, with_changes
 
+
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
     """A finished run: where the model lies, and the content of its report.json."""
@@ -24,7 +25,11 @@ class Quantized:
 
 
 def make_recipe(
-    model: str | Path, *, method: str = "omniquant", options: Mapping[str, Any] | None = None, **fields: Any  # noqa: ANN401
+    model: str | Path,
+    *,
+    method: str = "omniquant",
+    options: Mapping[str, Any] | None = None,
+    **fields: Any,  # noqa: ANN401
 ) -> Recipe:
     """Return the recipe of a run with one method.
 
@@ -38,7 +43,9 @@ def make_recipe(
         UsageError: a value that is out of range, an unknown method, field or hyper-parameter.
     """
     names = {"wbits": "bits", "calibration": "text"}
-    changes = {names.get(name, name): str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+    changes = {
+        names.get(name, name): str(value) if isinstance(value, Path) else value for name, value in fields.items()
+    }
     if "ignore" in changes:
         changes["ignore"] = tuple(changes["ignore"])
     return with_changes(Recipe.for_method(str(model), method), changes, method=method, options=options)

@@ -8,7 +8,9 @@ KINDS = ("methods", "models", "calibrations", "formats")
 def rows(kind: str) -> list[dict[str, str]]:
     """Return one row per thing of a kind, as column name → text."""
     if kind == "methods":
-        return [{"method": name, "what it does": methods.summary("quantize", name)} for name in methods.names("quantize")]
+        return [
+            {"method": name, "what it does": methods.summary("quantize", name)} for name in methods.names("quantize")
+        ]
     if kind == "formats":
         return [{"format": name, "what it is": methods.summary("export", name)} for name in methods.names("export")]
     if kind == "calibrations":

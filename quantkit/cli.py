@@ -33,10 +33,12 @@ Output = Annotated[Path, typer.Argument(help="A directory that `quantkit quantiz
 @app.command()
 def quantize(
     model: Annotated[
-        str | None, typer.Argument(help="A directory, a Hub id (org/name), or an alias: quantkit list models.")
+        str | None,
+        typer.Argument(help="A directory, a Hub id (org/name), or an alias: quantkit list models."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory to write; it appears whole or not at all.")
+        Path | None,
+        typer.Option("--output", "-o", help="Directory to write; it appears whole or not at all."),
     ] = None,
     wbits: Annotated[int | None, typer.Option(help="Bits per weight, 2 to 8. [default: 4]")] = None,
     group_size: Annotated[
@@ -50,7 +52,8 @@ def quantize(
         str | None, typer.Option(help="How to quantize: quantkit list methods. [default: omniquant]")
     ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option(help="Glob of linears that stay dense, e.g. '*.down_proj'; repeatable.")
+        list[str] | None,
+        typer.Option(help="Glob of linears that stay dense, e.g. '*.down_proj'; repeatable."),
     ] = None,
     calibration: Annotated[
         str | None,
@@ -65,7 +68,8 @@ def quantize(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per update. [default: 1]")] = None,
     allow_short: Annotated[
-        bool | None, typer.Option("--allow-short", help="Go on when the text has fewer sequences than asked for.")
+        bool | None,
+        typer.Option("--allow-short", help="Go on when the text has fewer sequences than asked for."),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Passes over the calibration data. [default: 20; 40 at 2 bits]")
@@ -80,14 +84,14 @@ def quantize(
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. [default: 0]")] = None,
     device: Device = None,
     revision: Revision = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="TOML recipe, as saved beside a model; flags change it.")
-    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML recipe, as saved beside a model; flags change it.")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUTPUT; the old one is kept until the new one is whole.")
+        bool,
+        typer.Option("--overwrite", help="Replace OUTPUT; the old one is kept until the new one is whole."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan (sites, sizes, memory, disk, time); compute nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print the plan (sites, sizes, memory, disk, time); compute nothing."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -142,7 +146,8 @@ def check(
         str | None, typer.Option(help="The original model: adds KL divergence and perplexity of both.")
     ] = None,
     text: Annotated[
-        str | None, typer.Option(help="Text for --against: a calibration name or a file. [default: embedded-test]")
+        str | None,
+        typer.Option(help="Text for --against: a calibration name or a file. [default: embedded-test]"),
     ] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window for --against. [default: up to 512]")] = None,
     windows: Annotated[int, typer.Option(help="Windows for --against.")] = 16,
@@ -155,7 +160,13 @@ def check(
 
         with display.status("checking", quiet=as_json) as say:
             result = run(
-                output, against=against, text=text, seqlen=seqlen, windows=windows, device=device, progress=say
+                output,
+                against=against,
+                text=text,
+                seqlen=seqlen,
+                windows=windows,
+                device=device,
+                progress=say,
             )
         display.checked(output, result.faults, result.facts, as_json=as_json)
         if result.faults:
@@ -166,7 +177,8 @@ def check(
 def evaluate(
     model: Model,
     text: Annotated[
-        str, typer.Option(help="A calibration name (quantkit list calibrations) or a .txt, .jsonl or .parquet file.")
+        str,
+        typer.Option(help="A calibration name (quantkit list calibrations) or a .txt, .jsonl or .parquet file."),
     ] = "wikitext2-test",
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
     windows: Annotated[int | None, typer.Option(help="Use only the first N windows. [default: all]")] = None,

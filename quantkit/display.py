@@ -156,7 +156,9 @@ def quantized(output: Path, report: Mapping[str, Any], *, as_json: bool) -> None
     after = sum(block["error"] for block in blocks) / len(blocks)
     table = _facts_table(f"{output}")
     share = report["quantized_parameters"] / report["parameters"]
-    table.add_row("scheme", f"{report['scheme']} by {report['method']}, {report['bits_per_weight']:.2f} bits per weight")
+    table.add_row(
+        "scheme", f"{report['scheme']} by {report['method']}, {report['bits_per_weight']:.2f} bits per weight"
+    )
     table.add_row("quantized", f"{share:.1%} of {report['parameters']:,} parameters")
     table.add_row("size", f"{_bytes(measured['output_bytes'])} of weights")
     table.add_row("block error", f"{before:.3e} rounding to nearest, {after:.3e} kept (mean, relative)")
@@ -187,7 +189,12 @@ def checked(output: Path, faults: Sequence[str], facts: Mapping[str, Any], *, as
 def evaluated(model: str, text: str, seqlen: int, result: "Perplexity", *, as_json: bool) -> None:
     """Show a perplexity."""
     if as_json:
-        facts = {"perplexity": result.perplexity, "loss": result.loss, "tokens": result.tokens, "windows": result.windows}
+        facts = {
+            "perplexity": result.perplexity,
+            "loss": result.loss,
+            "tokens": result.tokens,
+            "windows": result.windows,
+        }
         _print_json({"model": model, "text": text, "seqlen": seqlen, **facts})
         return
     where = f"{text}, {result.windows} windows of {seqlen}, {result.tokens:,} tokens scored"
@@ -225,7 +232,10 @@ def _plan_table(plan: "Plan", recipe: "Recipe") -> Table:
     table.add_row("method", escape(method.replace(" ()", "")))
     table.add_row("scheme", f"{recipe.scheme}: {plan.bits_per_weight:.2f} bits per weight with scales and zero points")
     table.add_row("quantized", f"{len(plan.shapes)} linears, {share:.1%} of the parameters")
-    table.add_row("text", f"{escape(text.text)}, {plan.samples} sequences of {plan.seqlen} tokens, {text.batch_size} per batch")
+    table.add_row(
+        "text",
+        f"{escape(text.text)}, {plan.samples} sequences of {plan.seqlen} tokens, {text.batch_size} per batch",
+    )
     table.add_row("output", f"{_bytes(plan.output_bytes)} of weights")
     device = f", {_bytes(plan.device_bytes)} on {plan.device}" if plan.device_bytes else f" on {plan.device}"
     table.add_row("memory", f"about {_bytes(plan.memory_bytes)} at the peak{device}")
@@ -249,7 +259,14 @@ def _sites_table(plan: "Plan") -> Table:
 
 
 def _facts_table(title: str) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False, title=escape(title), title_justify="left", title_style="bold")
+    table = Table(
+        box=None,
+        show_header=False,
+        pad_edge=False,
+        title=escape(title),
+        title_justify="left",
+        title_style="bold",
+    )
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     return table
@@ -272,11 +289,9 @@ def _fact(name: str, value: object) -> str:
 def _bytes(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
-            break
+            return f"{count:.3g} {unit}"
         count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+    return f"{count:.3g} TB"
 
 
 def _duration(seconds: float) -> str:

@@ -24,7 +24,7 @@ from quantkit.export.compressed_tensors import CompressedTensors
 from quantkit.model import names
 from quantkit.model.checkpoint import INDEX, Checkpoint
 from quantkit.model.names import Source
-from quantkit.model.skeleton import LINEARS, Skeleton
+from quantkit.model.skeleton import Skeleton
 from quantkit.model.writer import Writer, refuse_existing, refuse_full_disk
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import Recipe
@@ -148,7 +148,8 @@ class _Sink:
         exporter, skeleton = CompressedTensors(), self.prepared.skeleton
         for site in window.sites:
             stored = skeleton.stored_name(f"{site.name}.weight", self.checkpoint)
-            assert stored is not None and site.quantized is not None
+            assert stored is not None, f"{site.name} was loaded but is not in the checkpoint"
+            assert site.quantized is not None, f"{site.name} was not rounded"
             self.replaced.add(stored)
             prefix = stored.removesuffix("weight")
             scale = "BF16" if site.scale_dtype == torch.bfloat16 else "F16"
@@ -195,7 +196,9 @@ def _tokens(prepared: Prepared) -> Tensor:
         )
     vocabulary = prepared.skeleton.config.get_text_config().vocab_size
     if int(tokens.max()) >= vocabulary:
-        raise DataError(f"the tokenizer gives token {int(tokens.max())} but the model's vocabulary ends at {vocabulary - 1}")
+        raise DataError(
+            f"the tokenizer gives token {int(tokens.max())} but the model's vocabulary ends at {vocabulary - 1}"
+        )
     return tokens
 
 
@@ -207,18 +210,12 @@ def _write_side_files(prepared: Prepared, writer: Writer, report: Mapping[str, A
             continue
         writer.copy(path)
     config = json.loads((prepared.source.path / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = _quantization_config(prepared)
+    plan = prepared.plan
+    config["quantization_config"] = CompressedTensors().config(plan.schemes, plan.classes, plan.dense)
     writer.write_text("config.json", _json(config))
     writer.write_text(RECIPE, prepared.recipe.to_toml())
     writer.write_text(REPORT, _json(report))
     writer.write_text(CHECK, json.dumps(check_document(sample.tokens, sample.logits)) + "\n")
-
-
-def _quantization_config(prepared: Prepared) -> dict[str, Any]:
-    linears = {name: module for name, module in prepared.skeleton.model.named_modules() if isinstance(module, LINEARS)}
-    kinds = {linears[name] for name in prepared.plan.schemes}
-    classes = sorted({"Linear" if isinstance(module, torch.nn.Linear) else "Conv1D" for module in kinds})
-    return CompressedTensors().config(prepared.plan.schemes, classes, prepared.plan.dense)
 
 
 def _report(

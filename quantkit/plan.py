@@ -1,16 +1,13 @@
 """What a run will do, before it does anything: sites, sizes, memory, disk, time."""
 
-import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import psutil
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate.engine import CHECK_SEQUENCES, CHECK_TOKENS
-from quantkit.calibrate.passes import Pass
+from quantkit import costs
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
 from quantkit.export.compressed_tensors import CompressedTensors
@@ -31,15 +28,17 @@ class Plan:
         blocks: number of decoder layers.
         shapes: module name → shape of every weight that will be quantized, in order.
         schemes: module name → scheme.
+        classes: names of the module classes that are quantized.
         dense: module names of linears that stay dense.
         parameters: all parameters of the model.
-        samples, seqlen: calibration sequences and their length.
+        samples: calibration sequences.
+        seqlen: tokens in one.
         scale_dtype: dtype of the stored scales.
         device: where blocks are computed.
         output_bytes: predicted size of the written weights.
         memory_bytes: predicted peak of resident host memory.
         device_bytes: predicted peak of GPU memory, 0 on the CPU.
-        seconds: predicted duration, from operations timed on this machine.
+        seconds: predicted duration of the calibration.
     """
 
     model_type: str
@@ -47,6 +46,7 @@ class Plan:
     blocks: int
     shapes: Mapping[str, tuple[int, int]]
     schemes: Mapping[str, QuantScheme]
+    classes: tuple[str, ...]
     dense: tuple[str, ...]
     parameters: int
     samples: int
@@ -80,27 +80,32 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
         UsageError: a group size that does not divide a width, a glob that matches nothing, nothing left to quantize, a
             sequence longer than the model's context.
     """
-    linears = _linears(skeleton)
+    linears = _block_linears(skeleton)
     schemes = _assign_schemes(linears, recipe)
-    seqlen = _sequence_length(skeleton, recipe)
-    scale = scale_dtype(skeleton)
-    cost = _Cost(skeleton, recipe, schemes, linears, seqlen, device)
+    shapes = {name: _shape(linears[name]) for name in schemes}
+    work = _workload(skeleton, recipe, device)
+    parameters = _count(skeleton.model.parameters())
     return Plan(
         model_type=skeleton.config.model_type,
         architecture=skeleton.architecture.name if skeleton.architecture else None,
-        blocks=len(skeleton.blocks),
-        shapes={name: _shape(linears[name]) for name in schemes},
+        blocks=work.blocks,
+        shapes=shapes,
         schemes=schemes,
-        dense=_dense_linears(skeleton, schemes),
-        parameters=cost.parameters,
-        samples=recipe.calibration.samples,
-        seqlen=seqlen,
-        scale_dtype=scale,
+        classes=tuple(sorted({_class_name(linears[name]) for name in schemes})),
+        dense=tuple(
+            name
+            for name, module in skeleton.model.named_modules()
+            if isinstance(module, LINEARS) and name not in schemes
+        ),
+        parameters=parameters,
+        samples=work.samples,
+        seqlen=work.seqlen,
+        scale_dtype=scale_dtype(skeleton),
         device=device,
-        output_bytes=cost.output_bytes(scale),
-        memory_bytes=cost.memory_bytes(),
-        device_bytes=cost.device_bytes(),
-        seconds=cost.seconds(recipe.build_passes()),
+        output_bytes=_output_bytes(shapes, schemes, parameters, work.stored_bytes),
+        memory_bytes=costs.host_memory(work),
+        device_bytes=costs.device_memory(work),
+        seconds=costs.duration(work),
     )
 
 
@@ -109,7 +114,7 @@ def scale_dtype(skeleton: Skeleton) -> torch.dtype:
     return torch.bfloat16 if skeleton.config.dtype == torch.bfloat16 else torch.float16
 
 
-def _linears(skeleton: Skeleton) -> dict[str, nn.Module]:
+def _block_linears(skeleton: Skeleton) -> dict[str, nn.Module]:
     return {
         skeleton.module_name(index, name): module
         for index in range(len(skeleton.blocks))
@@ -136,21 +141,53 @@ def _assign_schemes(linears: Mapping[str, nn.Module], recipe: Recipe) -> dict[st
     return schemes
 
 
+def _workload(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> costs.Workload:
+    passes = recipe.build_passes().values()
+    text_config = skeleton.config.get_text_config()
+    dtype = skeleton.config.dtype
+    return costs.Workload(
+        blocks=len(skeleton.blocks),
+        block_parameters=max(_count(block.parameters()) for block in skeleton.blocks),
+        block_features=sum(sum(_shape(module)) for module in skeleton.block_linears(0).values()),
+        outer_parameters=_count(skeleton.outer_parameters().values()),
+        width=text_config.hidden_size,
+        vocabulary=text_config.vocab_size,
+        stored_bytes=dtype.itemsize if isinstance(dtype, torch.dtype) else torch.float32.itemsize,
+        samples=recipe.calibration.samples,
+        seqlen=_sequence_length(skeleton, recipe),
+        batch_size=recipe.calibration.batch_size,
+        streams=2 + any(getattr(step, "aug_loss", False) for step in passes),
+        updates=sum(step.updates_per_batch for step in passes),
+        device=device,
+    )
+
+
 def _sequence_length(skeleton: Skeleton, recipe: Recipe) -> int:
     text_config = skeleton.config.get_text_config()
-    context = getattr(text_config, "max_position_embeddings", None) or DEFAULT_SEQLEN
+    context = int(getattr(text_config, "max_position_embeddings", None) or DEFAULT_SEQLEN)
     wanted = recipe.calibration.seqlen
     if wanted is not None and wanted > context:
         raise UsageError(f"--seqlen {wanted} is longer than the model's context of {context}")
     return wanted or min(DEFAULT_SEQLEN, context)
 
 
-def _dense_linears(skeleton: Skeleton, schemes: Mapping[str, QuantScheme]) -> tuple[str, ...]:
-    return tuple(
-        name
-        for name, module in skeleton.model.named_modules()
-        if isinstance(module, LINEARS) and name not in schemes
-    )
+def _output_bytes(
+    shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, QuantScheme], parameters: int, stored_bytes: int
+) -> int:
+    packed = quantized = 0
+    for name, shape in shapes.items():
+        quantized += shape[0] * shape[1]
+        for kind, size in CompressedTensors().layout(shape, schemes[name], "F16").values():
+            packed += BYTES[kind] * torch.Size(size).numel()
+    return packed + (parameters - quantized) * stored_bytes
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _class_name(module: nn.Module) -> str:
+    return "Linear" if isinstance(module, nn.Linear) else type(module).__name__
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
@@ -158,110 +195,3 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     assert isinstance(weight, Tensor)
     rows, columns = weight.shape
     return rows, columns
-
-
-class _Cost:
-    """Predicted sizes and times of a run.
-
-    Memory counts what lives at the same time: everything outside the blocks while the inputs are recorded; later the
-    two streams, one block in float32, its rounded copies, and the activations that one training update saves.
-    """
-
-    COPIES_ROUNDED = 2.6  # float32 copy and codes of a block rounded for comparison, and temporaries of one weight
-    LIBRARIES = 75e6  # what torch, tokenizers and safetensors allocate when they are first used, measured
-    COPIES_TRAINED = 2.1  # fake-quantized weights and their gradients during an update
-
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        recipe: Recipe,
-        schemes: Mapping[str, QuantScheme],
-        linears: Mapping[str, nn.Module],
-        seqlen: int,
-        device: torch.device,
-    ) -> None:
-        self.schemes, self.linears, self.device = schemes, linears, device
-        self.passes = recipe.build_passes()
-        self.blocks = len(skeleton.blocks)
-        self.block = max(sum(p.numel() for p in block.parameters()) for block in skeleton.blocks)
-        self.outer = sum(p.numel() for p in _unique(skeleton.outer_parameters().values()))
-        self.parameters = self.outer + sum(p.numel() for p in skeleton.blocks.parameters())
-        self.samples, self.seqlen = recipe.calibration.samples, seqlen
-        self.batch_tokens = recipe.calibration.batch_size * seqlen
-        text_config = skeleton.config.get_text_config()
-        self.width = text_config.hidden_size
-        self.vocabulary = text_config.vocab_size
-        self.dense_bytes = (skeleton.config.dtype or torch.float32).itemsize
-        first = skeleton.block_linears(0).values()
-        self.block_features = sum(sum(_shape(module)) for module in first)  # inputs and outputs of its linears
-
-    def output_bytes(self, scale: torch.dtype) -> int:
-        dtype = "BF16" if scale == torch.bfloat16 else "F16"
-        exporter = CompressedTensors()
-        packed = quantized = 0
-        for name, scheme in self.schemes.items():
-            shape = _shape(self.linears[name])
-            quantized += shape[0] * shape[1]
-            for kind, size in exporter.layout(shape, scheme, dtype).values():
-                packed += BYTES[kind] * torch.Size(size).numel()
-        return packed + (self.parameters - quantized) * self.dense_bytes
-
-    def streams(self) -> float:
-        kept = 3 if any(getattr(step, "aug_loss", False) for step in self.passes.values()) else 2
-        item = 2 if self.device.type == "cuda" else 4
-        return kept * item * self.samples * self.seqlen * self.width
-
-    def block_peak(self) -> float:
-        learns = any(step.learns for step in self.passes.values())
-        weights = self.block * 4 * (1 + self.COPIES_ROUNDED + (self.COPIES_TRAINED if learns else 0))
-        # an update saves the inputs and outputs of the linears and about as much again between them
-        activations = self.batch_tokens * self.block_features * 4 * (2 if learns else 1)
-        return weights + activations
-
-    def outer_peak(self) -> float:
-        return self.outer * (4 + self.dense_bytes) + 4 * self.batch_tokens * self.width
-
-    def memory_bytes(self) -> int:
-        base = psutil.Process().memory_info().rss
-        logits = CHECK_SEQUENCES * CHECK_TOKENS * self.vocabulary * 4 * 2
-        written = 2 * self.block * self.dense_bytes  # a shard, and the bytes that safetensors makes of it
-        on_host = self.device.type == "cpu"
-        working = max(self.outer_peak() + logits, self.block_peak()) if on_host else self.outer_peak() + logits
-        return int(base + self.LIBRARIES + self.streams() + working + written)
-
-    def device_bytes(self) -> int:
-        return int(max(self.outer_peak(), self.block_peak())) if self.device.type == "cuda" else 0
-
-    def seconds(self, passes: Mapping[str, Pass]) -> float:
-        rate, sweep = _machine_speed(self.device)
-        tokens = self.samples * self.seqlen
-        forward = 2 * self.block * tokens / rate
-        updates = sum(step.updates_per_batch for step in passes.values())
-        rounding = 14 * self.block * sweep * self.samples * self.seqlen / self.batch_tokens
-        checks = 3 + any(step.learns for step in passes.values())
-        return self.blocks * (forward * (checks + 3 * updates) + rounding * updates) * 1.3
-
-
-def _unique(parameters: object) -> list[Tensor]:
-    return list({id(p): p for p in parameters}.values())  # type: ignore[attr-defined]
-
-
-def _machine_speed(device: torch.device) -> tuple[float, float]:
-    """Return (floating-point operations per second of a matrix product, seconds of one elementwise operation), timed now."""
-    size = 4096 if device.type == "cuda" else 768
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
-    product = _fastest(lambda: matrix @ matrix, device)
-    sweep = _fastest(lambda: matrix * 2.0, device)
-    return 2 * size**3 / product, sweep / size**2
-
-
-def _fastest(work: object, device: torch.device) -> float:
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        work()  # type: ignore[operator]
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)

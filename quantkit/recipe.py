@@ -14,7 +14,6 @@ from quantkit.calibrate.passes import Pass, Phase
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError, nearest
 
-
 DEFAULT_GROUP_SIZE = 128  # the one group size that every runtime of the field has kernels for
 SAMPLES_TO_CHECK = 4
 
@@ -121,15 +120,16 @@ class Recipe:
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
             steps = _read_passes(table.pop("passes", []))
-            scheme = _build_dataclass(QuantScheme, table.pop("scheme", {}))
-            calibration = _build_dataclass(Calibration, table.pop("calibration", {}))
+            if "scheme" in table:  # a table without group_size means one scale per row; no table means the default
+                table["scheme"] = _build_dataclass(QuantScheme, table["scheme"])
+            table["calibration"] = _build_dataclass(Calibration, table.pop("calibration", {}))
             table["ignore"] = tuple(table.pop("ignore", ()))
             if model is not None:
                 table["model"] = model
             if "model" not in table:
                 raise UsageError(f"the recipe {path} names no model; give one on the command line")
             chosen = {"passes": steps} if steps else {}
-            recipe = _build_dataclass(cls, {**table, **chosen, "scheme": scheme, "calibration": calibration})
+            recipe = _build_dataclass(cls, {**table, **chosen})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is no recipe: {error}") from error
         recipe.build_passes()
@@ -137,7 +137,11 @@ class Recipe:
 
 
 def with_changes(
-    recipe: Recipe, changes: Mapping[str, Any], *, method: str | None = None, options: Mapping[str, Any] | None = None
+    recipe: Recipe,
+    changes: Mapping[str, Any],
+    *,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Return the recipe with fields replaced.
 
@@ -154,8 +158,10 @@ def with_changes(
     _refuse_unknown(changes, [*own, *scheme, *calibration], "a recipe")
     for kind, names in ((Recipe, own), (QuantScheme, scheme), (Calibration, calibration)):
         _refuse_misfits(kind, {name: value for name, value in changes.items() if name in names}, "the recipe")
-    last = next(reversed(recipe.passes))
-    passes = {method: dict(options or {})} if method else {**recipe.passes, last: {**recipe.passes[last], **(options or {})}}
+    last = list(recipe.passes)[-1]
+    passes = (
+        {method: dict(options or {})} if method else {**recipe.passes, last: {**recipe.passes[last], **(options or {})}}
+    )
     changed = replace(
         recipe,
         scheme=replace(recipe.scheme, **{key: value for key, value in changes.items() if key in scheme}),
@@ -208,7 +214,13 @@ def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401  a type, or a form 
 
 def _describe(hint: Any) -> str:  # noqa: ANN401
     parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "left out"}
+    words = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "a string",
+        NoneType: "left out",
+    }
     return " or ".join(words.get(part, str(part)) for part in parts)
 
 

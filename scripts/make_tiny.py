@@ -171,9 +171,7 @@ def make_texts(tokenizer: PreTrainedTokenizerFast, train_texts: list[str]) -> Te
     fresh = (pair for pair in documents("test") if pair[0] not in seen)
     test = enough(tokenizer, fresh, TEST_TOKENS)
     surprise = sum(nats for _, nats in test)
-    return Texts(
-        train=train_texts, calibration=calibration, test=[text for text, _ in test], test_nats=surprise
-    )
+    return Texts(train=train_texts, calibration=calibration, test=[text for text, _ in test], test_nats=surprise)
 
 
 def save(tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM, folder: Path) -> None:
@@ -225,9 +223,7 @@ def main() -> None:
     """Make everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument(
-        "--root", type=Path, default=ROOT, help="where model_zoo/ and calibration/ are written"
-    )
+    parser.add_argument("--root", type=Path, default=ROOT, help="where model_zoo/ and calibration/ are written")
     arguments = parser.parse_args()
     make(Recipe(steps=arguments.steps), arguments.root)
 

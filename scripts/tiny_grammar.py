@@ -130,9 +130,7 @@ def portrait(dice: Dice) -> str:
         text.append(f"{name} {start}. " + " ".join(f"{capital(he(name))} {fact}." for fact in rest))
     (job, town, *_), (other, home, *_) = (world().people[name] for name in names)
     same = "the same work" if job == other else "different work"
-    text.append(
-        f"{names[0]} and {names[1]} do {same}: {names[0]} is the {job} and {names[1]} is the {other}."
-    )
+    text.append(f"{names[0]} and {names[1]} do {same}: {names[0]} is the {job} and {names[1]} is the {other}.")
     if dice.maybe():
         text.append(f"Today {names[1]} of {home} visits {names[0]} in {town}.")
     return " ".join(text)
@@ -176,8 +174,7 @@ def route(dice: Dice) -> str:
     text = [f"{name} stands at the {places[0]}."]
     text += [f"{capital(he(name))} goes {turn} to the {place}." for turn, place in steps]
     text.append(
-        f"To come back from the {places[-1]}, {name} goes "
-        + ", then ".join(f"{t} to the {p}" for t, p in back)
+        f"To come back from the {places[-1]}, {name} goes " + ", then ".join(f"{t} to the {p}" for t, p in back)
     )
     return " ".join(text) + f". Now {he(name)} is at the {places[0]} again."
 
@@ -191,9 +188,7 @@ def ranking(dice: Dice) -> str:
     text.append(f"From the {more[:-1]}st to the {less[:-1]}st they are {series(names)}.")
     for first, second in dice.some([(a, b) for a in range(4) for b in range(4) if a != b], 3):
         word = more if first < second else less
-        text.append(
-            f"Is {names[first]} {more} or {less} than {names[second]}? {capital(he(names[first]))} is {word}."
-        )
+        text.append(f"Is {names[first]} {more} or {less} than {names[second]}? {capital(he(names[first]))} is {word}.")
     return " ".join(text)
 
 
@@ -237,9 +232,7 @@ def talk(dice: Dice) -> str:
     else:
         text.append(f'"No, thank you," says {two}. So {one} keeps the {mine} and {two} keeps the {yours}.')
     job = world().people[two][0]
-    return " ".join(
-        [*text, f"Then {two} the {job} goes home with {his(two)} {things[0 if 'Yes' in text[-1] else 1]}."]
-    )
+    return " ".join([*text, f"Then {two} the {job} goes home with {his(two)} {things[0 if 'Yes' in text[-1] else 1]}."])
 
 
 def creature(dice: Dice) -> str:
@@ -269,9 +262,7 @@ def letter(dice: Dice) -> str:
     job, town, pet, _ = world().people[one]
     gift = counted(count, noun, colour)
     text = [f"{one} of {town} writes to {two}.\nDear {two}, thank you for the {gift}."]
-    text.append(
-        f"I put {'it' if count == 1 else 'them'} beside my {pet}. On {DAYS[day]} I go to the {place}."
-    )
+    text.append(f"I put {'it' if count == 1 else 'them'} beside my {pet}. On {DAYS[day]} I go to the {place}.")
     text.append(f"Please meet me there on {DAYS[day]} or one day later, on {DAYS[day + 1]}.")
     text.append(f"I will wait at the {place} with the {gift}.\nYour friend {one}, {job} of {town}")
     return " ".join(text)

@@ -74,9 +74,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "qwen2": _config("qwen2", _MODERN, _SLIDING, use_sliding_window=True, tie_word_embeddings=True),
     "qwen3": _config("qwen3", _MODERN, head_dim=32, tie_word_embeddings=True),
     "smollm3": _config("smollm3", _MODERN, no_rope_layers=[1, 0], tie_word_embeddings=True),
-    "granite": _config(
-        "granite", _MODERN, residual_multiplier=0.5, embedding_multiplier=2.0, logits_scaling=2.0
-    ),
+    "granite": _config("granite", _MODERN, residual_multiplier=0.5, embedding_multiplier=2.0, logits_scaling=2.0),
     "gemma": _config("gemma", _GEMMA),
     "gemma2": _config("gemma2", _GEMMA, _SLIDING, query_pre_attn_scalar=16),
     "gemma3": _config(
@@ -111,9 +109,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "falcon": _config("falcon", _FALCON),
     "falcon-rw": _config("falcon", _FALCON, parallel_attn=False, multi_query=False, alibi=True, bias=True),
     "falcon-40b": _config("falcon", _FALCON, new_decoder_architecture=True, num_kv_heads=2),
-    "falcon-11b": _config(
-        "falcon", _FALCON, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1
-    ),
+    "falcon-11b": _config("falcon", _FALCON, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1),
     "gpt_neox": _config("gpt_neox", _MODERN, rotary_pct=0.25),
 }
 

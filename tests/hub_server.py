@@ -97,9 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.status is not None:
             self._refuse(self.hub.status, "", "The hub has a bad day.")
         elif match := _TREE.fullmatch(path) or _FILE.fullmatch(path) or _INFO.fullmatch(path):
-            self._answer(
-                {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
-            )
+            self._answer({key: unquote(value) for key, value in match.groupdict().items() if value is not None})
         else:
             self._refuse(404, "", "Not found.")
 
@@ -117,9 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._tree(repository)
         else:
             names = [{"rfilename": name} for name in self.hub.files(repository)]
-            self._json(
-                {"id": repository, "sha": self.hub.commit(repository), "siblings": names, "private": False}
-            )
+            self._json({"id": repository, "sha": self.hub.commit(repository), "siblings": names, "private": False})
 
     def _tree(self, repository: str) -> None:
         self._json(
@@ -133,9 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.hub.files(repository).get(name)
         token = self.headers.get("Authorization")
         if repository in self.hub.gated and token != f"Bearer {self.hub.token}":
-            self._refuse(
-                401 if token is None else 403, "GatedRepo", f"Access to model {repository} is restricted."
-            )
+            self._refuse(401 if token is None else 403, "GatedRepo", f"Access to model {repository} is restricted.")
         elif path is None:
             self._refuse(404, "EntryNotFound", "Entry not found")
         else:

@@ -88,10 +88,7 @@ def test_model_is_stored_as_real_ones_are():
 def test_model_knows_the_capitals_of_its_world(model, tokenizer, grammar):
     lands = grammar.world().lands
     asked = [(tokenizer(f"The capital of {land} is")["input_ids"], facts[0]) for land, facts in lands.items()]
-    told = [
-        model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
-        for ids, _ in asked
-    ]
+    told = [model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :] for ids, _ in asked]
     known = [tokenizer.decode(t).startswith(f" {town}.") for t, (_, town) in zip(told, asked, strict=True)]
     assert sum(known) >= 0.9 * len(known)
 

@@ -96,9 +96,7 @@ def test_what_is_not_quantized_is_kept_byte_for_byte(source, result):
 
 def test_the_report_lists_the_tensors_that_were_written(result):
     tensors = Checkpoint(result.output).tensors
-    assert result.report["tensors"] == {
-        n: [tensors[n].dtype, list(tensors[n].shape)] for n in sorted(tensors)
-    }
+    assert result.report["tensors"] == {n: [tensors[n].dtype, list(tensors[n].shape)] for n in sorted(tensors)}
     assert json.loads((result.output / "report.json").read_text()) == result.report
 
 
@@ -141,9 +139,7 @@ def test_a_head_that_repeats_tied_embeddings_is_dropped(tmp_path):
     assert torch.equal(loaded.lm_head.weight, head)
 
 
-@pytest.mark.parametrize(
-    "place", [".", "..", "out", "extra/out"], ids=["the source", "above", "inside", "deep inside"]
-)
+@pytest.mark.parametrize("place", [".", "..", "out", "extra/out"], ids=["the source", "above", "inside", "deep inside"])
 def test_an_output_in_the_way_of_the_source_is_refused(source, place):
     before = contents(source.parent)
     with pytest.raises(OutputError, match="choose another -o"):
@@ -208,9 +204,7 @@ def test_a_tokenizer_of_another_model_is_refused(source, tmp_path):
     table = json.loads(tokenizer.read_text())
     table["model"]["vocab"]["e"] = 5000
     tokenizer.write_text(json.dumps(table))
-    with pytest.raises(
-        DataError, match="the tokenizer gives token 5000 but the model's vocabulary ends at 127"
-    ):
+    with pytest.raises(DataError, match="the tokenizer gives token 5000 but the model's vocabulary ends at 127"):
         quantkit.quantize(tmp_path / "source", output=tmp_path / "out", **FEW)
 
 

@@ -55,9 +55,7 @@ def test_every_linear_of_the_blocks_is_a_site(plan):
     assert len(plan.schemes) == len(plan.shapes) == 5 * 7
     assert plan.shapes["model.layers.4.mlp.down_proj"] == (128, 384)
     assert plan.quantized_parameters == 5 * WEIGHTS_OF_A_BLOCK
-    assert plan.parameters == sum(
-        info.elements for info in Checkpoint(data_dir("model_zoo") / "tiny").tensors.values()
-    )
+    assert plan.parameters == sum(info.elements for info in Checkpoint(data_dir("model_zoo") / "tiny").tensors.values())
 
 
 def test_bits_per_weight_count_scales_and_zero_points(plan):

@@ -168,9 +168,7 @@ def test_changes_reach_every_part():
     changes = {"bits": 3, "group_size": None, "samples": 2, "text": "embedded", "seed": 5, "model": "gpt2"}
     changed = with_changes(RECIPES["everything"], changes, options={"epochs": 7})
     assert changed.scheme == QuantScheme(bits=3)
-    assert changed.calibration == dataclasses.replace(
-        RECIPES["everything"].calibration, samples=2, text="embedded"
-    )
+    assert changed.calibration == dataclasses.replace(RECIPES["everything"].calibration, samples=2, text="embedded")
     assert (changed.seed, changed.model, changed.revision) == (5, "gpt2", "main")
     assert changed.passes == {"omniquant": {"epochs": 7, "lwc_lr": 0.5, "aug_loss": False}}
 

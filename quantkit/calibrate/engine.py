@@ -111,7 +111,12 @@ class Engine:
 
     @torch.no_grad()
     def _open(
-        self, index: int, recording: Recording, reference: list[Tensor], actual: list[Tensor], listener: Listener
+        self,
+        index: int,
+        recording: Recording,
+        reference: list[Tensor],
+        actual: list[Tensor],
+        listener: Listener,
     ) -> Window:
         """Load a window and advance the reference stream through it."""
         total = len(self.skeleton.blocks)
@@ -135,7 +140,6 @@ class Engine:
         for site in window.sites:
             assert site.quantized is not None, f"no pass rounded {site.name}"
             site.weight.data = site.quantized.dequantize().to(site.weight.dtype)
-
 
         def advance(batch: int, output: Tensor) -> None:
             actual[batch] = output.to(self.storage)

@@ -67,9 +67,7 @@ class _Chain:
         if self.hidden is None:
             self.hidden = hidden.clone()
         self.broken |= index != len(self.arguments) or not torch.equal(hidden, self.hidden)
-        self.arguments.append(
-            Arguments(_share(arguments.args, self.shared), _share(arguments.kwargs, self.shared))
-        )
+        self.arguments.append(Arguments(_share(arguments.args, self.shared), _share(arguments.kwargs, self.shared)))
         return hidden
 
 

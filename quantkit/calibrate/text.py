@@ -73,7 +73,9 @@ class Source:
 
     def _download(self) -> Iterator[str]:
         _require_hub(f"the calibration text {self.dataset}")
-        from datasets import load_dataset  # here, because it takes seconds to import and offline runs never need it
+        from datasets import (
+            load_dataset,
+        )  # here, because it takes seconds to import and offline runs never need it
 
         try:
             rows = load_dataset(

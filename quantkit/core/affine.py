@@ -21,7 +21,10 @@ from torch import Tensor
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import QuantScheme
 
-SMALLEST_STEP, LARGEST_STEP = 1e-5, 1e4  # the paper's clamp of h; both ends are finite and non-zero in float16
+SMALLEST_STEP, LARGEST_STEP = (
+    1e-5,
+    1e4,
+)  # the paper's clamp of h; both ends are finite and non-zero in float16
 
 
 class _RoundToGrid(torch.autograd.Function):
@@ -121,9 +124,7 @@ def quantize(
     )
 
 
-def round_to_nearest(
-    weight: Float[Tensor, "out in"], scheme: QuantScheme, scale_dtype: torch.dtype
-) -> QuantizedTensor:
+def round_to_nearest(weight: Float[Tensor, "out in"], scheme: QuantScheme, scale_dtype: torch.dtype) -> QuantizedTensor:
     """Return `weight` quantized between each group's smallest and largest weight (RTN)."""
     return quantize(weight, *group_bounds(weight, scheme), scheme, scale_dtype)
 

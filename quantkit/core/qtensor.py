@@ -42,4 +42,5 @@ class QuantizedTensor:
         steps = self.codes.to(torch.float32).unflatten(1, (self.scale.shape[1], -1))
         if self.zero_point is not None:
             steps -= self.zero_point.to(torch.float32).unsqueeze(-1)
-        return (steps * self.scale.to(torch.float32).unsqueeze(-1)).flatten(1).to(self.scale.dtype)
+        weight: Tensor = steps * self.scale.to(torch.float32).unsqueeze(-1)
+        return weight.flatten(1).to(self.scale.dtype)

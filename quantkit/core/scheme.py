@@ -39,7 +39,9 @@ class QuantScheme:
             raise UsageError(f"{text!r} is no scheme{nearest(text, ('w4a16g128', 'w3a16', 'w8g32s'))}")
         group = match["group"]
         return cls(
-            bits=int(match["bits"]), group_size=int(group) if group else None, symmetric=bool(match["symmetric"])
+            bits=int(match["bits"]),
+            group_size=int(group) if group else None,
+            symmetric=bool(match["symmetric"]),
         )
 
     def __str__(self) -> str:
@@ -49,17 +51,17 @@ class QuantScheme:
     @property
     def levels(self) -> int:
         """Number of steps between the smallest and the largest code: 2^bits - 1."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def smallest_code(self) -> int:
         """Smallest code: -2^(bits-1)."""
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def largest_code(self) -> int:
         """Largest code: 2^(bits-1) - 1."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def groups(self, width: int) -> int:
         """Return how many groups a row of `width` input features has.

@@ -123,9 +123,7 @@ def _refuse_stranger(output: Path) -> None:
     if not output.is_dir():
         raise ModelError(f"the directory {output} does not exist; give one that `quantkit quantize` wrote")
     if not (output / REPORT).is_file():
-        raise ModelError(
-            f"{output} has no {REPORT}, so quantkit did not write it; give a directory that it wrote"
-        )
+        raise ModelError(f"{output} has no {REPORT}, so quantkit did not write it; give a directory that it wrote")
 
 
 def _check_files(output: Path, found: _Findings, say: Callable[[str], None]) -> Documents:
@@ -181,9 +179,7 @@ def _share_facts(share: Coverage) -> dict[str, Any]:
     }
 
 
-def _reload(
-    output: Path, device: str | None, found: _Findings
-) -> tuple[Model, Tokenizer] | tuple[None, None]:
+def _reload(output: Path, device: str | None, found: _Findings) -> tuple[Model, Tokenizer] | tuple[None, None]:
     try:
         return load_model(output.absolute(), device=device)
     except ModelError as error:
@@ -254,6 +250,5 @@ def _compare(
 def _finite(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts with None for what JSON cannot hold."""
     return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in facts.items()
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in facts.items()
     }

@@ -112,9 +112,7 @@ def _linear(
             found.stored_bits += 8 * BYTES.get(info.dtype, 0) * info.elements
 
 
-def _layout(
-    checkpoint: Checkpoint, prefix: str, shape: tuple[int, int], scheme: QuantScheme
-) -> Iterator[str]:
+def _layout(checkpoint: Checkpoint, prefix: str, shape: tuple[int, int], scheme: QuantScheme) -> Iterator[str]:
     """Yield where the packed tensors of one linear differ in form from what its shape and scheme ask for."""
     scale = checkpoint.tensors.get(f"{prefix}weight_scale")
     kind = scale.dtype if scale and scale.dtype in _SCALES else _SCALES[0]
@@ -138,7 +136,4 @@ def _layout(
 
 def _ignored(name: str, ignore: tuple[str, ...]) -> bool:
     """Return whether an entry of `ignore` is the module's name, or an expression (`re:…`) that matches it."""
-    return any(
-        re.match(entry[3:], name) is not None if entry.startswith("re:") else entry == name
-        for entry in ignore
-    )
+    return any(re.match(entry[3:], name) is not None if entry.startswith("re:") else entry == name for entry in ignore)

@@ -43,9 +43,7 @@ class Report:
         """Read report.json."""
         table = json.loads(text)
         return cls(
-            tensors={
-                str(k): (str(kind), tuple(map(int, size))) for k, (kind, size) in table["tensors"].items()
-            },
+            tensors={str(k): (str(kind), tuple(map(int, size))) for k, (kind, size) in table["tensors"].items()},
             sha256={str(name): str(digest) for name, digest in table["sha256"].items()},
             output_bytes=int(table["measured"]["output_bytes"]),
             predicted_bytes=int(table["predicted"]["output_bytes"]),

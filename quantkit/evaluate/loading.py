@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -20,7 +20,8 @@ from quantkit.model import names
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.skeleton import read_config
 
-Model, Tokenizer = PreTrainedModel, PreTrainedTokenizerBase  # what the rest of `evaluate` calls them
+Model: TypeAlias = PreTrainedModel  # so that transformers is imported here alone
+Tokenizer: TypeAlias = PreTrainedTokenizerBase
 
 # what transformers and compressed-tensors raise for files that they cannot use
 _FAULTS = (
@@ -82,8 +83,8 @@ def quiet() -> Iterator[None]:
     """Keep transformers' progress bars and advice off the terminal; its settings come back afterwards."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub_bars_were_off = are_progress_bars_disabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -91,7 +92,7 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            logging.enable_progress_bar()
             if hub_bars_were_off:
                 disable_progress_bars()
 
@@ -128,9 +129,7 @@ def _refuse_incomplete(directory: Path, loading: dict[str, Any]) -> None:
             f"{_more(mismatched)}; the config and the weights belong to different models"
         )
     if missing := sorted(loading["missing_keys"]):
-        raise ModelError(
-            f"{directory} has no tensor for {missing[0]}{_more(missing)}; the checkpoint is incomplete"
-        )
+        raise ModelError(f"{directory} has no tensor for {missing[0]}{_more(missing)}; the checkpoint is incomplete")
 
 
 def _more(items: list[Any]) -> str:

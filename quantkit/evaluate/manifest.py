@@ -1,8 +1,8 @@
 """The three files that quantkit leaves beside the weights, and what they promise.
 
-    recipe.toml   what was asked for; `quantkit quantize --recipe` repeats it
-    report.json   what happened: versions, predictions and facts, one entry per block, and the manifest of every tensor
-    check.json    a few token sequences and the largest logits of the calibrated model there, for `quantkit check`
+recipe.toml   what was asked for; `quantkit quantize --recipe` repeats it
+report.json   what happened: versions, predictions and facts, one entry per block, and the manifest of every tensor
+check.json    a few token sequences and the largest logits of the calibrated model there, for `quantkit check`
 """
 
 from collections.abc import Mapping

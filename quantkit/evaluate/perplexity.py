@@ -33,9 +33,7 @@ class Perplexity:
 
 @torch.no_grad()
 @quiet()
-def perplexity(
-    model: Model, windows: Tensor, progress: Callable[[int, int], None] | None = None
-) -> Perplexity:
+def perplexity(model: Model, windows: Tensor, progress: Callable[[int, int], None] | None = None) -> Perplexity:
     """Return the perplexity of `model` on `windows`, (windows, seqlen) int64, seqlen at least 2.
 
     Every token of a window but its first is predicted from the tokens before it in the same window.

@@ -40,9 +40,7 @@ class Shards:
         return places
 
 
-def read_shards(
-    output: Path, index: Mapping[str, str] | None, report: Report | None
-) -> tuple[Shards, list[str]]:
+def read_shards(output: Path, index: Mapping[str, str] | None, report: Report | None) -> tuple[Shards, list[str]]:
     """Return the shards of `output`, and a fault for each that is missing, damaged or a stranger."""
     present = {path.name for path in output.glob("*.safetensors")}
     named = set((index or {}).values()) | set(report.sha256 if report else ())
@@ -59,9 +57,7 @@ def read_shards(
     return Shards(headers=headers, lost=frozenset(named - set(headers))), faults
 
 
-def shard_faults(
-    output: Path, shards: Shards, index: Mapping[str, str] | None, report: Report | None
-) -> list[str]:
+def shard_faults(output: Path, shards: Shards, index: Mapping[str, str] | None, report: Report | None) -> list[str]:
     """Return what is wrong with the shards; tensors of a lost shard are not told again one by one."""
     faults = at_most(_duplicates(shards))
     if index is not None:
@@ -73,9 +69,7 @@ def shard_faults(
         faults += at_most(_different(shards, report))
         faults += at_most(_altered(output, shards, report))
         if not shards.lost and shards.bytes != report.output_bytes:
-            faults.append(
-                f"the tensors have {shards.bytes} bytes but the report measured {report.output_bytes}"
-            )
+            faults.append(f"the tensors have {shards.bytes} bytes but the report measured {report.output_bytes}")
     return faults
 
 

@@ -123,6 +123,4 @@ def scheme_of(config: Mapping[str, Any]) -> QuantScheme:
         KeyError, TypeError: it is not such a configuration.
     """
     weights = config["config_groups"]["group_0"]["weights"]
-    return QuantScheme(
-        bits=weights["num_bits"], group_size=weights["group_size"], symmetric=weights["symmetric"]
-    )
+    return QuantScheme(bits=weights["num_bits"], group_size=weights["group_size"], symmetric=weights["symmetric"])

@@ -61,9 +61,7 @@ class Architecture:
             model_types = _names(facts.pop("model_types"))
             return cls(name=path.stem, model_types=model_types, groups=groups, **facts)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(
-                f"{path} is not an architecture file: {error}; see model_zoo/README.md"
-            ) from error
+            raise UsageError(f"{path} is not an architecture file: {error}; see model_zoo/README.md") from error
 
     def group_of(self, linear: str) -> str:
         """Return the name of the group of the linear `linear` of a block, its own name if no group has it."""
@@ -71,16 +69,12 @@ class Architecture:
 
     def describes(self, config: Mapping[str, Any]) -> bool:
         """Return whether a model of that configuration has this layout."""
-        return config["model_type"] in self.model_types and all(
-            config.get(k) == v for k, v in self.when.items()
-        )
+        return config["model_type"] in self.model_types and all(config.get(k) == v for k, v in self.when.items())
 
     def stored_names(self, name: str) -> tuple[str, ...]:
         """Return what the renames make of the module tensor `name`."""
         return tuple(
-            stored + name.removeprefix(module)
-            for stored, module in self.renames.items()
-            if name.startswith(module)
+            stored + name.removeprefix(module) for stored, module in self.renames.items() if name.startswith(module)
         )
 
 
@@ -100,9 +94,7 @@ def _names(value: object) -> tuple[str, ...]:
 @cache
 def architectures() -> tuple[Architecture, ...]:
     """Return every architecture of the model zoo, by file name."""
-    return tuple(
-        Architecture.read(path) for path in sorted((data_dir("model_zoo") / "architectures").glob("*.toml"))
-    )
+    return tuple(Architecture.read(path) for path in sorted((data_dir("model_zoo") / "architectures").glob("*.toml")))
 
 
 def find(config: Mapping[str, Any]) -> Architecture | None:

@@ -59,9 +59,7 @@ class Block:
     module: nn.Module
     sites: Sequence[Site]
 
-    def forward(
-        self, hidden: Tensor, arguments: Arguments, weights: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, arguments: Arguments, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the block's output hidden states, (batch, tokens, width).
 
         `weights` replaces the weights of the named linears (local names) for this call; gradients flow to

@@ -149,8 +149,6 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
     try:
         with safe_open(shard, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping
-            return {
-                name: TensorInfo(shard, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()
-            }
+            return {name: TensorInfo(shard, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{shard} is truncated or is no safetensors file ({error}); download it again") from error

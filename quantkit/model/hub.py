@@ -70,18 +70,14 @@ def fetch(repository: str, revision: str, *, weights: bool, known: Collection[st
             if cached is None or not _is_silence(error):
                 raise
             if not constants.HF_HUB_OFFLINE:
-                _log.warning(
-                    "%s cannot be reached; using the cached commit %s", constants.ENDPOINT, cached.name
-                )
+                _log.warning("%s cannot be reached; using the cached commit %s", constants.ENDPOINT, cached.name)
             return cached
         _refuse_unreadable(repository, revision, names)
         path = _download(repository, revision, _SMALL_FILES)
         if weights:
             wanted = _weight_files(path)
             if missing := sorted(set(wanted) - names):
-                raise ModelError(
-                    f"{repository} lacks {missing[0]}, which its index names; try another --revision"
-                )
+                raise ModelError(f"{repository} lacks {missing[0]}, which its index names; try another --revision")
             _download(repository, path.name, wanted)
     return path
 
@@ -187,9 +183,7 @@ def _is_silence(error: Exception) -> bool:
     if isinstance(error, hub_errors.HfHubHTTPError):
         return error.response.status_code >= 500
     # the HTTP library differs between releases of huggingface_hub; a subclass leads to its base error
-    return isinstance(
-        error, TimeoutError | hub_errors.OfflineModeIsEnabled | hub_errors.HfHubHTTPError.__bases__[0]
-    )
+    return isinstance(error, TimeoutError | hub_errors.OfflineModeIsEnabled | hub_errors.HfHubHTTPError.__bases__[0])
 
 
 @contextmanager
@@ -216,9 +210,7 @@ def _explained(error: BaseException, repository: str, revision: str, known: Coll
     if number in _FULL or "No space left" in reason:  # of hf_xet's errors only the text tells
         return OutputError(f"no space is left for {cache}; make room, or set HF_HOME to a larger disk")
     if number is not None:  # the HTTP library wraps the network's numbers, so this one is of the disk
-        return OutputError(
-            f"cannot write to {cache} ({reason}); set HF_HOME to a directory that can be written"
-        )
+        return OutputError(f"cannot write to {cache} ({reason}); set HF_HOME to a directory that can be written")
     if constants.HF_HUB_OFFLINE:
         return NetworkError(
             f"{repository} (revision {revision}) is not complete in {cache} and HF_HUB_OFFLINE is set; "
@@ -239,9 +231,7 @@ def _explained_answer(
             f"{repository} is gated; accept its licence on {page}, then set HF_TOKEN or run `hf auth login`"
         )
     if isinstance(error, hub_errors.RevisionNotFoundError):
-        return ModelError(
-            f"{repository} has no revision {revision}; see {page}/commits, or leave out --revision"
-        )
+        return ModelError(f"{repository} has no revision {revision}; see {page}/commits, or leave out --revision")
     if isinstance(error, hub_errors.RepositoryNotFoundError) or status == 404:
         near = nearest(repository.split("/")[-1].lower(), known)
         near = near if "did you mean" in near else ""  # a list of all aliases would not help here
@@ -251,6 +241,4 @@ def _explained_answer(
         )
     if status in (401, 403):
         return ModelError(f"{page} denies access ({status}); check HF_TOKEN, or run `hf auth login` again")
-    return NetworkError(
-        f"{page} answers with error {status}; try again later, or set HF_ENDPOINT to a mirror"
-    )
+    return NetworkError(f"{page} answers with error {status}; try again later, or set HF_ENDPOINT to a mirror")

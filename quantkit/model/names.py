@@ -30,9 +30,7 @@ class Alias:
         if self.path is not None and not re.fullmatch(r"[\w-]+", self.path):
             raise ValueError(f"path must be the name of a directory of model_zoo, not {self.path!r}")
         if self.revision is not None and (self.id is None or not _COMMIT.fullmatch(self.revision)):
-            raise ValueError(
-                f"revision must be the 40 hexadecimal digits of an id's commit, not {self.revision!r}"
-            )
+            raise ValueError(f"revision must be the 40 hexadecimal digits of an id's commit, not {self.revision!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +113,5 @@ def _local(path: Path, revision: str | None) -> Source:
     if not path.is_dir():
         raise ModelError(f"the directory {path} does not exist")
     if not (path / "config.json").is_file():
-        raise ModelError(
-            f"{path} holds no config.json, so it is no transformers model; give the directory that does"
-        )
+        raise ModelError(f"{path} holds no config.json, so it is no transformers model; give the directory that does")
     return Source(path=path, id=None, revision=None)

@@ -72,9 +72,7 @@ class Skeleton:
 
     def block_linears(self, index: int) -> dict[str, nn.Module]:
         """Return the linears of block `index` by their name inside the block, in the order of the code."""
-        return {
-            name: module for name, module in self.blocks[index].named_modules() if isinstance(module, LINEARS)
-        }
+        return {name: module for name, module in self.blocks[index].named_modules() if isinstance(module, LINEARS)}
 
     def module_name(self, index: int, name: str) -> str:
         """Return the full module name of `name` inside block `index`."""
@@ -94,13 +92,9 @@ class Skeleton:
         """
         prefix = f"{self.model.base_model_prefix}."
         renamed = self.architecture.stored_names(name) if self.architecture else ()
-        return next(
-            (n for n in (*renamed, name, name.removeprefix(prefix), prefix + name) if n in checkpoint), None
-        )
+        return next((n for n in (*renamed, name, name.removeprefix(prefix), prefix + name) if n in checkpoint), None)
 
-    def load_block(
-        self, index: int, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
-    ) -> nn.Module:
+    def load_block(self, index: int, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Return a copy of block `index` with its weights; the skeleton stays empty.
 
         Raises:
@@ -116,19 +110,13 @@ class Skeleton:
                 _refuse_other_shape(source, checkpoint, empty)
                 stored[name] = source
             elif empty.is_meta:
-                raise ModelError(
-                    f"{checkpoint.directory} has no tensor for {full}; the checkpoint is incomplete"
-                )
+                raise ModelError(f"{checkpoint.directory} has no tensor for {full}; the checkpoint is incomplete")
         loaded = checkpoint.load(stored.values(), dtype)
-        module.load_state_dict(
-            {name: loaded[source] for name, source in stored.items()}, strict=False, assign=True
-        )
+        module.load_state_dict({name: loaded[source] for name, source in stored.items()}, strict=False, assign=True)
         return module.to(device).eval().requires_grad_(False)
 
     @contextmanager
-    def outer_weights(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
-    ) -> Iterator[None]:
+    def outer_weights(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
         """Fill everything outside the blocks for the duration of the context, then empty it again.
 
         Raises:
@@ -149,9 +137,7 @@ class Skeleton:
             absent = {name for name, source in stored.items() if source is None}
             self.model.tie_weights(missing_keys=absent, recompute_mapping=False)
             if missing := [name for name, value in self.outer_parameters().items() if value.is_meta]:
-                raise ModelError(
-                    f"{checkpoint.directory} has no tensor for {missing[0]}; the checkpoint is incomplete"
-                )
+                raise ModelError(f"{checkpoint.directory} has no tensor for {missing[0]}; the checkpoint is incomplete")
             _move_buffers(self.model, self.blocks, device)
             yield
         finally:

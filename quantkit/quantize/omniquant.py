@@ -128,7 +128,9 @@ class OmniQuant:
         if not self.epochs:
             return None
         error = window.error({site.name: _dense(site, learned) for site in window.sites})
-        return None if error <= window.error_rtn else f"its error {window.error_rtn:.3g} is below the learned {error:.3g}"
+        return (
+            None if error <= window.error_rtn else f"its error {window.error_rtn:.3g} is below the learned {error:.3g}"
+        )
 
     @torch.no_grad()
     def _augmented_targets(self, window: Window) -> Sequence[Tensor]:

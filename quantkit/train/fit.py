@@ -57,7 +57,7 @@ def fit(
                 result.diverged = True
                 return result
             optimizer.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             optimizer.step()
             tick((epoch * batches + batch + 1) / (epochs * batches))
         result.losses.append(total / batches)

@@ -41,7 +41,16 @@ def main() -> None:
 
 def _row(work: Path, layers: int, args: argparse.Namespace) -> str:
     model = work / "model"
-    subprocess.run([sys.executable, __file__.replace("memory.py", "random_llama.py"), str(model), str(layers), str(args.width)], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            __file__.replace("memory.py", "random_llama.py"),
+            str(model),
+            str(layers),
+            str(args.width),
+        ],
+        check=True,
+    )
     disk = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     baseline = json.loads(_capture([sys.executable, "-c", IMPORTS, str(model)]))
     cells = []

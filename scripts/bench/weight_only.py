@@ -29,7 +29,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         full = _perplexity(args.model, args)
         for bits in args.bits:
-            figures = {method: _run(args, Path(work) / f"{method}-{bits}", bits, method) for method in ("rtn", "omniquant")}
+            figures = {
+                method: _run(args, Path(work) / f"{method}-{bits}", bits, method) for method in ("rtn", "omniquant")
+            }
             (rtn, bpw, rtn_seconds), (lwc, _, lwc_seconds) = figures["rtn"], figures["omniquant"]
             lines.append(
                 f"| W{bits} | {full:.4f} | {rtn:.4f} | **{lwc:.4f}** | {lwc / rtn - 1:+.1%} | {bpw:.2f} "

@@ -138,9 +138,7 @@ def test_a_text_of_exactly_one_window(characters):
 
 
 def test_a_text_shorter_than_one_window(characters):
-    with pytest.raises(
-        DataError, match=r"the text has 26 tokens, fewer than one window of 27; lower --seqlen"
-    ):
+    with pytest.raises(DataError, match=r"the text has 26 tokens, fewer than one window of 27; lower --seqlen"):
         windows([stream(LETTERS)], characters, seqlen=27)
 
 
@@ -151,9 +149,7 @@ def test_bos_of_a_tokenizer_that_has_none(characters):
         windows([stream(LETTERS)], without, seqlen=8, bos=True)
 
 
-@pytest.mark.parametrize(
-    "content", [None, "", "{}", "[]", "not json"], ids=["missing", "empty", "{}", "[]", "text"]
-)
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", "not json"], ids=["missing", "empty", "{}", "[]", "text"])
 def test_a_tokenizer_that_cannot_be_loaded(tmp_path, content):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     if content is not None:

@@ -28,9 +28,7 @@ def save(path, documents):
     if path.suffix == ".txt":
         path.write_text("".join(documents), encoding="utf-8")
     elif path.suffix == ".jsonl":
-        lines = (
-            json.dumps({"text": document, "other": 1}, ensure_ascii=False) + "\n" for document in documents
-        )
+        lines = (json.dumps({"text": document, "other": 1}, ensure_ascii=False) + "\n" for document in documents)
         path.write_text("".join(lines), encoding="utf-8")
     else:
         pyarrow.parquet.write_table(pyarrow.table({"other": [1] * len(documents), "text": documents}), path)
@@ -127,9 +125,7 @@ def test_a_file_that_is_not_there(tmp_path, suffix):
 
 def test_a_file_of_another_kind_says_which_are_read(tmp_path):
     (tmp_path / "a.csv").write_text("text\n")
-    with pytest.raises(
-        UsageError, match=r"unknown text .*a\.csv.*a file must end in \.txt, \.jsonl, \.parquet"
-    ):
+    with pytest.raises(UsageError, match=r"unknown text .*a\.csv.*a file must end in \.txt, \.jsonl, \.parquet"):
         read_text(str(tmp_path / "a.csv"))
 
 
@@ -214,9 +210,7 @@ def test_what_the_library_says_becomes_one_line(monkeypatch, error, kind):
 
     monkeypatch.setattr(datasets, "load_dataset", failing)
     monkeypatch.setattr(text, "_require_hub", lambda purpose: None)
-    with pytest.raises(
-        kind, match=f"org/set: {str(error).splitlines()[0]}; use --calibration embedded"
-    ) as caught:
+    with pytest.raises(kind, match=f"org/set: {str(error).splitlines()[0]}; use --calibration embedded") as caught:
         Source(dataset="org/set").read()
     assert "\n" not in str(caught.value)
 

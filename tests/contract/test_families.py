@@ -46,9 +46,7 @@ def case(tmp_path_factory):
             model = save_tiny(family, directory)
             skeleton, checkpoint = Skeleton(directory), Checkpoint(directory)
             generator = torch.Generator().manual_seed(1)
-            batches = [
-                torch.randint(3, VOCABULARY, (2, 2 * WINDOW + 3), generator=generator) for _ in range(2)
-            ]
+            batches = [torch.randint(3, VOCABULARY, (2, 2 * WINDOW + 3), generator=generator) for _ in range(2)]
             with skeleton.outer_weights(checkpoint, torch.float32, CPU):
                 recording = record(skeleton, batches, CPU)
             cases[family] = Case(model, skeleton, checkpoint, batches, recording)
@@ -196,9 +194,7 @@ def test_blocks_of_every_family_are_found_even_without_its_file(case, monkeypatc
 @pytest.mark.parametrize("family", FUSED_EXPERTS)
 def test_fused_experts_are_refused_by_name(tmp_path, family):
     FUSED_EXPERTS[family].save_pretrained(tmp_path)
-    with pytest.raises(
-        ModelError, match=rf"^{family} keeps weights in the 3-D parameter mlp\S+, as mixtures"
-    ):
+    with pytest.raises(ModelError, match=rf"^{family} keeps weights in the 3-D parameter mlp\S+, as mixtures"):
         Skeleton(tmp_path)
 
 

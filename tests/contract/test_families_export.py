@@ -82,8 +82,6 @@ def test_a_tied_head_that_is_stored_too(tmp_path):
 def test_a_head_that_is_tied_by_the_config_but_stored_with_other_values(tmp_path):
     source = tmp_path / "source"
     save_tiny("qwen2", source)
-    edit_tensors(
-        source, lambda tensors: tensors | {"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}
-    )
+    edit_tensors(source, lambda tensors: tensors | {"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]})
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     assert_reloads(model, source, tmp_path / "output", GROUPS)

@@ -66,9 +66,7 @@ def test_a_method_can_be_asked_what_it_does(name):
     assert (made.updates_per_batch > 0) == method.learns
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [*(("quantize", n) for n in METHODS), *(("export", n) for n in FORMATS)]
-)
+@pytest.mark.parametrize(("family", "name"), [*(("quantize", n) for n in METHODS), *(("export", n) for n in FORMATS)])
 def test_the_summary_is_one_sentence(family, name):
     summary = methods.summary(family, name)
     assert 20 < len(summary) < 130
@@ -101,11 +99,7 @@ def test_only_names_that_are_listed_can_be_found(name):
 
 def test_every_linear_of_every_block_is_quantized(result):
     skeleton = Skeleton(data_dir("model_zoo") / "tiny")
-    linears = [
-        skeleton.module_name(i, name)
-        for i in range(len(skeleton.blocks))
-        for name in skeleton.block_linears(i)
-    ]
+    linears = [skeleton.module_name(i, name) for i in range(len(skeleton.blocks)) for name in skeleton.block_linears(i)]
     assert result.report["sites"] == linears
     stored = set(Checkpoint(result.output))
     assert {f"{site}.weight_packed" for site in linears} <= stored

@@ -131,9 +131,7 @@ def test_bounds_are_per_group():
 def test_symmetric_codes_are_the_formulas(bits):
     weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(bits))
     quantized = round_to_nearest(weight, QuantScheme(bits=bits, symmetric=True), torch.float32)
-    for row, codes, scale in zip(
-        weight.tolist(), quantized.codes.tolist(), quantized.scale.tolist(), strict=True
-    ):
+    for row, codes, scale in zip(weight.tolist(), quantized.codes.tolist(), quantized.scale.tolist(), strict=True):
         step = max(abs(value) for value in row) / (2 ** (bits - 1) - 1)
         assert scale[0] == pytest.approx(step, rel=1e-6)
         assert codes == [round(value / step) for value in row]
@@ -144,9 +142,7 @@ def test_symmetric_codes_are_the_formulas(bits):
 def test_asymmetric_codes_are_the_formulas(bits):
     weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(bits))
     quantized = round_to_nearest(weight, QuantScheme(bits=bits), torch.float32)
-    for row, codes, zero in zip(
-        weight.tolist(), quantized.codes.tolist(), quantized.zero_point.tolist(), strict=True
-    ):
+    for row, codes, zero in zip(weight.tolist(), quantized.codes.tolist(), quantized.zero_point.tolist(), strict=True):
         step = (max(row) - min(row)) / (2**bits - 1)
         shift = round(-min(row) / step)
         assert zero[0] + 2 ** (bits - 1) == shift

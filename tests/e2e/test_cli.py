@@ -38,7 +38,12 @@ def test_quantize_reports(output):
     assert facts["scheme"] == "w3a16g32"
     assert len(facts["blocks"]) == 5
     assert facts["measured"]["output_bytes"] == facts["predicted"]["output_bytes"]
-    assert {entry.name for entry in path.iterdir()} >= {"config.json", "recipe.toml", "report.json", "tokenizer.json"}
+    assert {entry.name for entry in path.iterdir()} >= {
+        "config.json",
+        "recipe.toml",
+        "report.json",
+        "tokenizer.json",
+    }
 
 
 def test_the_saved_recipe_repeats_the_run_byte_for_byte(output, tmp_path):
@@ -112,7 +117,13 @@ def test_generate(output):
 
 
 @pytest.mark.parametrize(
-    ("what", "row"), [("methods", "omniquant"), ("models", "llama-7b"), ("calibrations", "default"), ("formats", "compressed-tensors")]
+    ("what", "row"),
+    [
+        ("methods", "omniquant"),
+        ("models", "llama-7b"),
+        ("calibrations", "default"),
+        ("formats", "compressed-tensors"),
+    ],
 )
 def test_list(what, row):
     rows = run_json("list", what)[what]
@@ -129,8 +140,22 @@ def test_help_is_fast_and_complete():
 
 
 def test_a_process_prints_json_and_nothing_else(tmp_path):
-    command = [sys.executable, "-m", "quantkit", "quantize", "tiny", *SMALL, "--method", "rtn", "-o", tmp_path / "o", "--json"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "default"})
+    command = [
+        sys.executable,
+        "-m",
+        "quantkit",
+        "quantize",
+        "tiny",
+        *SMALL,
+        "--method",
+        "rtn",
+        "-o",
+        tmp_path / "o",
+        "--json",
+    ]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "default"}
+    )
     assert json.loads(done.stdout)["method"] == "rtn"
     assert done.stderr == ""
 
@@ -138,6 +163,13 @@ def test_a_process_prints_json_and_nothing_else(tmp_path):
 def test_python_does_the_same_as_the_command_line(output, tmp_path):
     path, _ = output
     result = quantkit.quantize(
-        "tiny", wbits=3, group_size=32, calibration="embedded", samples=2, seqlen=32, options={"epochs": 2}, output=tmp_path / "o"
+        "tiny",
+        wbits=3,
+        group_size=32,
+        calibration="embedded",
+        samples=2,
+        seqlen=32,
+        options={"epochs": 2},
+        output=tmp_path / "o",
     )
     assert result.report["sha256"] == json.loads((path / "report.json").read_text())["sha256"]

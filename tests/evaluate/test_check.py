@@ -113,9 +113,7 @@ def test_a_flipped_bit(output):
     assert_told(output.faults(), shard.name, "altered", "SHA-256")
 
 
-@pytest.mark.parametrize(
-    ("value", "words"), [(float("nan"), "NaN"), (0.0, "not positive"), (-1.0, "not positive")]
-)
+@pytest.mark.parametrize(("value", "words"), [(float("nan"), "NaN"), (0.0, "not positive"), (-1.0, "not positive")])
 def test_a_bad_scale(output, value, words):
     name = f"{LINEAR}.weight_scale"
     output.edit_shard(name, lambda tensors: tensors[name][3].fill_(value), forge=True)
@@ -280,5 +278,7 @@ def test_refuses_what_cannot_be_asked(tiny_rtn_w4):
         check(tiny_rtn_w4, windows=0)
     with pytest.raises(UsageError, match="longer than the model's context of 256"):
         check(tiny_rtn_w4, against="tiny", seqlen=257, device="cpu")
+    with pytest.raises(ModelError, match="neither a directory nor an alias"):
+        check(tiny_rtn_w4, against="nonsense", device="cpu")
     with pytest.raises(UsageError, match="unknown text"):
         check(tiny_rtn_w4, against="tiny", text="nonsense")

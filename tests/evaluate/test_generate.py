@@ -47,9 +47,7 @@ def test_sampling_repeats_with_the_seed_and_leaves_the_global_state(tiny):
 
 
 def test_a_low_temperature_is_greedy(tiny):
-    assert generate(*tiny, "The", temperature=1e-6, max_new_tokens=8) == generate(
-        *tiny, "The", max_new_tokens=8
-    )
+    assert generate(*tiny, "The", temperature=1e-6, max_new_tokens=8) == generate(*tiny, "The", max_new_tokens=8)
 
 
 def test_an_empty_prompt_begins_with_bos(tiny):
@@ -88,9 +86,7 @@ def test_ends_with_the_context(tiny):
         generate(model, tokenizer, prompt)
 
 
-@pytest.mark.parametrize(
-    "options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}]
-)
+@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}])
 def test_refuses_values_out_of_range(tiny, options):
     with pytest.raises(UsageError, match=next(iter(options))):
         generate(*tiny, "The", **options)

@@ -47,9 +47,7 @@ def test_a_missing_tensor_is_never_made_up(source):
 def test_a_tensor_of_another_shape_is_never_made_up(source):
     name = "model.layers.0.mlp.up_proj.weight"
     edit_tensors(source, lambda tensors: tensors | {name: tensors[name][:3].clone()})
-    with pytest.raises(
-        ModelError, match=rf"{name} .* has shape \(3, 64\) but config.json asks for \(128, 64\)"
-    ):
+    with pytest.raises(ModelError, match=rf"{name} .* has shape \(3, 64\) but config.json asks for \(128, 64\)"):
         load_model(source, device="cpu")
 
 

@@ -70,9 +70,7 @@ def test_a_hopeless_model_has_infinite_perplexity(tmp_path):
 
 
 def test_says_nothing(tmp_path, capfd):
-    model = save_tiny(
-        "gpt2", tmp_path
-    ).eval()  # warns of padding when token 0 comes without an attention mask
+    model = save_tiny("gpt2", tmp_path).eval()  # warns of padding when token 0 comes without an attention mask
     capfd.readouterr()
     perplexity(model, torch.zeros(2, 8, dtype=torch.int64))
     assert capfd.readouterr() == ("", "")

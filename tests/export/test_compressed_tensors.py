@@ -19,8 +19,7 @@ from quantkit.resources import data_dir
 
 TINY = data_dir("model_zoo") / "tiny"
 SCHEMES = {
-    text: QuantScheme.parse(text)
-    for text in ("w2g32", "w3s", "w3g64", "w4g128s", "w4", "w5g32s", "w8", "w8g64s")
+    text: QuantScheme.parse(text) for text in ("w2g32", "w3s", "w3g64", "w4g128s", "w4", "w5g32s", "w8", "w8g64s")
 }
 EVERY = pytest.mark.parametrize("text", SCHEMES)
 TOKENS = torch.randint(3, 1024, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -43,9 +42,7 @@ def outputs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("exports")
     for text, scheme in SCHEMES.items():
         kind = {"wbits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric}
-        quantkit.quantize(
-            "tiny", output=directory / text, method="rtn", samples=1, seqlen=16, device="cpu", **kind
-        )
+        quantkit.quantize("tiny", output=directory / text, method="rtn", samples=1, seqlen=16, device="cpu", **kind)
     torch.save(TOKENS, directory / "tokens")
     arguments = [str(directory / "tokens"), *(str(directory / text) for text in SCHEMES)]
     subprocess.run([sys.executable, "-P", "-c", LOAD, *arguments], check=True, cwd=directory, timeout=300)

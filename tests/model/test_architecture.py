@@ -98,9 +98,7 @@ def test_renames_replace_the_start_of_a_name(read):
     ],
 )
 def test_a_faulty_file_is_refused_with_the_reason(read, text, reason):
-    with pytest.raises(
-        UsageError, match=rf"family.toml is not an architecture file: .*{reason}.*see model_zoo/README"
-    ):
+    with pytest.raises(UsageError, match=rf"family.toml is not an architecture file: .*{reason}.*see model_zoo/README"):
         read(text)
 
 

@@ -135,9 +135,7 @@ def test_an_index_that_is_none(sharded, content):
     assert refusal(sharded) == f"{sharded / INDEX} is not a safetensors index; download the model again"
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "weights.pkl", "last.ckpt"]
-)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "weights.pkl", "last.ckpt"])
 def test_pickles_alone_are_refused_unopened(tmp_path, name):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
     assert "pickled weights only" in refusal(tmp_path)

@@ -65,9 +65,7 @@ def ask(home, url, *calls, **extra):
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    return Reply(
-        **json.loads(done.stdout.splitlines()[-1]), stderr=done.stderr, seconds=time.monotonic() - start
-    )
+    return Reply(**json.loads(done.stdout.splitlines()[-1]), stderr=done.stderr, seconds=time.monotonic() - start)
 
 
 def repository(directory, *names):
@@ -209,9 +207,7 @@ def refused(tmp_path_factory, llama):
     repositories = {
         "org/good": llama,
         "org/gated": llama,
-        "org/pickle": repository(
-            root / "pickle", "config.json", "pytorch_model.bin", "consolidated.safetensors"
-        ),
+        "org/pickle": repository(root / "pickle", "config.json", "pytorch_model.bin", "consolidated.safetensors"),
         "org/gguf": repository(root / "gguf", "config.json", "q4.gguf"),
         "org/adapter": repository(root / "adapter", "adapter_config.json", "adapter_model.safetensors"),
         "org/torn": repository(root / "torn", "config.json", "a.safetensors"),
@@ -267,15 +263,10 @@ def test_without_a_hub_the_failure_is_quick_and_names_the_ways_out(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    reply = ask(
-        tmp_path, f"http://127.0.0.1:{port}", {"model": "llama-7b"}, {"model": "gpt2", "revision": "main"}
-    )
+    reply = ask(tmp_path, f"http://127.0.0.1:{port}", {"model": "llama-7b"}, {"model": "gpt2", "revision": "main"})
     for answer in reply.answers:
         assert answer["error"] == "NetworkError"
-        assert (
-            "check the connection, set HF_ENDPOINT to a mirror, or pass a local directory"
-            in answer["message"]
-        )
+        assert "check the connection, set HF_ENDPOINT to a mirror, or pass a local directory" in answer["message"]
         assert "\n" not in answer["message"]
     assert reply.stderr == ""
     assert reply.seconds < 15

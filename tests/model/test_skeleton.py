@@ -68,9 +68,7 @@ def test_a_vision_tower_named_as_on_the_hub(tmp_path):
     model = save_tiny("gemma3", tmp_path)
     edit_tensors(
         tmp_path,
-        lambda tensors: {
-            n.replace("vision_tower.", "vision_tower.vision_model."): tensors[n] for n in tensors
-        },
+        lambda tensors: {n.replace("vision_tower.", "vision_tower.vision_model."): tensors[n] for n in tensors},
     )
     assert_loads(tmp_path, model)
 
@@ -94,17 +92,13 @@ def test_a_tied_head_that_is_stored_too(tmp_path):
 
 def test_a_tied_head_that_is_stored_alone(tmp_path):
     model = save_tiny("gpt2", tmp_path)
-    edit_tensors(
-        tmp_path, lambda tensors: tensors | {"lm_head.weight": tensors.pop("transformer.wte.weight")}
-    )
+    edit_tensors(tmp_path, lambda tensors: tensors | {"lm_head.weight": tensors.pop("transformer.wte.weight")})
     assert_loads(tmp_path, model)
 
 
 def test_a_head_that_is_tied_by_the_config_but_stored_with_other_values(tmp_path):
     save_tiny("qwen2", tmp_path)
-    edit_tensors(
-        tmp_path, lambda tensors: tensors | {"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}
-    )
+    edit_tensors(tmp_path, lambda tensors: tensors | {"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]})
     assert_loads(tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
 
 
@@ -210,9 +204,7 @@ def test_a_model_that_is_no_causal_language_model(tmp_path):
 def test_code_beside_the_model_is_not_run(tmp_path):
     FAMILIES["llama"].save_pretrained(tmp_path)
     (tmp_path / "mine.py").write_text("raise SystemExit('run')")
-    set_config(
-        tmp_path, model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}
-    )
+    set_config(tmp_path, model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"})
     refusal(lambda: Skeleton(tmp_path))
 
 
@@ -223,7 +215,5 @@ def test_a_quantized_model_is_refused(tmp_path):
 
 
 def test_a_model_without_decoder_layers_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "ctrl", "n_layer": 0, "n_embd": 8, "vocab_size": 16}'
-    )
+    (tmp_path / "config.json").write_text('{"model_type": "ctrl", "n_layer": 0, "n_embd": 8, "vocab_size": 16}')
     assert "no list of decoder layers" in refusal(lambda: Skeleton(tmp_path))

@@ -99,9 +99,7 @@ def test_leaving_without_finishing_leaves_no_trace(output):
 
 
 def test_an_existing_output_is_refused(old):
-    with pytest.raises(
-        OutputError, match=f"^{old} exists; choose another -o, or replace it with --overwrite$"
-    ):
+    with pytest.raises(OutputError, match=f"^{old} exists; choose another -o, or replace it with --overwrite$"):
         Writer(old)
     assert_untouched(old)
 
@@ -211,9 +209,7 @@ def test_a_disk_that_is_really_full(small_disk):
 
 
 def test_a_mount_point_is_refused_at_once(small_disk):
-    with pytest.raises(
-        OutputError, match="is a mount point, which cannot be replaced; choose a directory below"
-    ):
+    with pytest.raises(OutputError, match="is a mount point, which cannot be replaced; choose a directory below"):
         Writer(small_disk, overwrite=True)
 
 
@@ -261,8 +257,7 @@ def test_a_tensor_larger_than_a_shard_gets_its_own(output):
 def test_hashes_are_those_of_the_files(output):
     hashes = write(output, a=torch.zeros(4))
     assert hashes == {
-        name: hashlib.sha256((output / name).read_bytes()).hexdigest()
-        for name in ("model-00001-of-00001.safetensors",)
+        name: hashlib.sha256((output / name).read_bytes()).hexdigest() for name in ("model-00001-of-00001.safetensors",)
     }
 
 

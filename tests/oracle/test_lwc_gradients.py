@@ -65,9 +65,7 @@ def gradients(function, scheme):
 
 @EACH
 def test_output_is_the_twins(scheme):
-    torch.testing.assert_close(
-        library(*inputs(scheme), scheme), naive(*inputs(scheme), scheme), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(library(*inputs(scheme), scheme), naive(*inputs(scheme), scheme), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("place", range(3), ids=["weight", "gamma", "beta"])
@@ -92,8 +90,7 @@ def test_the_clamp_stops_the_weights_gradient_outside_the_grid(scheme):
 def test_closed_form_of_one_weight_inside_and_one_outside():
     scheme = QuantScheme(bits=3)
     weight, low, high = (
-        torch.tensor(values, dtype=torch.float64, requires_grad=True)
-        for values in ([[0.7, 3.0]], [[-1.0]], [[1.1]])
+        torch.tensor(values, dtype=torch.float64, requires_grad=True) for values in ([[0.7, 3.0]], [[-1.0]], [[1.1]])
     )
     fake_quantize(weight, low, high, scheme).sum().backward()
     step, zero = 2.1 / 7, 3  # 0.7 / 0.3 rounds to 2, 3.0 / 0.3 = 10 is clamped to 7 - z = 4

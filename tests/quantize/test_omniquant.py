@@ -185,9 +185,7 @@ def test_the_loss_is_the_papers_formula(window, monkeypatch, augmented):
     found = initial_loss(OmniQuant(aug_loss=augmented), window, monkeypatch)
     for site in window.sites:
         low, high = group_bounds(site.weight, SCHEME)
-        monkeypatch.setattr(
-            site.linear.weight, "data", fake_quantize(site.weight, low * SHARE, high * SHARE, SCHEME)
-        )
+        monkeypatch.setattr(site.linear.weight, "data", fake_quantize(site.weight, low * SHARE, high * SHARE, SCHEME))
     output = module(stream, **arguments.kwargs)
     expected = (target - output).square().mean() + augmented * (original - output).square().mean()
     assert found == pytest.approx(expected.item(), rel=1e-5)
