@@ -8,12 +8,15 @@ from typing import Any
 from quantkit.calibrate.data import evaluation_windows
 from quantkit.calibrate.text import read_text
 from quantkit.errors import UsageError
-from quantkit.evaluate import generate as generation
-from quantkit.evaluate.loading import load_model
-from quantkit.evaluate.perplexity import Perplexity, perplexity
+from quantkit.evaluation import generate as generation
+from quantkit.evaluation.check import CheckResult, check
+from quantkit.evaluation.loading import load_model
+from quantkit.evaluation.perplexity import Perplexity, perplexity
 from quantkit.pipeline import Progress, execute, prepare
-from quantkit.plan import Plan
+from quantkit.planning import Plan
 from quantkit.recipe import Recipe, with_changes
+
+__all__ = ["CheckResult", "Quantized", "check", "evaluate", "generate", "make_recipe", "plan", "quantize"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +38,10 @@ def make_recipe(
 
     Args:
         model: a directory, a Hub id or an alias.
-        method: name of the method; `options` are its hyper-parameters.
-        fields: `wbits`, `group_size` (None: one scale per row), `symmetric`; `ignore` (globs); `calibration` (a name or a
-            file), `samples`, `seqlen`, `batch_size`, `allow_short`; `seed`, `revision`.
+        method: name of the method.
+        options: hyper-parameters of the method.
+        fields: `wbits`, `group_size` (None: one scale per row), `symmetric`; `ignore` (globs); `calibration` (a name or
+            a file), `samples`, `seqlen`, `batch_size`, `allow_short`; `seed`, `revision`.
 
     Raises:
         UsageError: a value that is out of range, an unknown method, field or hyper-parameter.

@@ -9,10 +9,13 @@ def rows(kind: str) -> list[dict[str, str]]:
     """Return one row per thing of a kind, as column name → text."""
     if kind == "methods":
         return [
-            {"method": name, "what it does": methods.summary("quantize", name)} for name in methods.names("quantize")
+            {"method": name, "what it does": methods.summary("quantizers", name)}
+            for name in methods.names("quantizers")
         ]
     if kind == "formats":
-        return [{"format": name, "what it is": methods.summary("export", name)} for name in methods.names("export")]
+        return [
+            {"format": name, "what it is": methods.summary("exporters", name)} for name in methods.names("exporters")
+        ]
     if kind == "calibrations":
         from quantkit.calibrate.text import mixes
 

@@ -4,6 +4,7 @@ Exit codes: 0 success, 1 a bug in quantkit, 2 usage, 3 model, 4 text, 5 network,
 130 interrupted. Errors are one line on stderr; with `--json` they are the one object on stdout.
 """
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ def quantize(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text to learn from: a name of `quantkit list calibrations`, or a .txt, .jsonl, .parquet or .toml file."
+            help="Text to learn from: a name (`quantkit list calibrations`), or a .txt, .jsonl, .parquet or .toml file."
             " [default: default; embedded for methods that do not learn]"
         ),
     ] = None,
@@ -156,7 +157,7 @@ def check(
 ) -> None:
     """Reload OUTPUT and verify every tensor, the quantized share, and the logits that were calibrated."""
     with _errors(as_json):
-        from quantkit.evaluate.check import check as run
+        from quantkit.evaluation.check import check as run
 
         with display.status("checking", quiet=as_json) as say:
             result = run(
@@ -318,7 +319,8 @@ def _errors(as_json: bool) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; a request to terminate cleans up as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except BrokenPipeError:  # `quantkit list models | head`

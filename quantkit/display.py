@@ -21,8 +21,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from quantkit.calibrate.engine import BlockReport
-    from quantkit.evaluate.perplexity import Perplexity
-    from quantkit.plan import Plan
+    from quantkit.evaluation.perplexity import Perplexity
+    from quantkit.planning import Plan
     from quantkit.recipe import Recipe
 
 _out = Console(highlight=False, soft_wrap=True)

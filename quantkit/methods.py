@@ -7,7 +7,7 @@ from typing import Any
 
 from quantkit.errors import UsageError, nearest
 
-FAMILIES = ("quantize", "export")
+FAMILIES = ("quantizers", "exporters")
 
 
 @cache
@@ -25,7 +25,7 @@ def find(family: str, name: str) -> Any:  # noqa: ANN401  each family has its ow
         UsageError: no such method; the message names the nearest.
     """
     if name not in names(family):
-        kind = "format" if family == "export" else "method"
+        kind = "format" if family == "exporters" else "method"
         raise UsageError(f"unknown {kind} {name!r}{nearest(name, names(family))}")
     return import_module(f"quantkit.{family}.{name.replace('-', '_')}").METHOD
 

@@ -18,15 +18,16 @@ from quantkit.calibrate.data import calibration_tokens, load_tokenizer
 from quantkit.calibrate.engine import BlockReport, CheckSample, Engine, Listener
 from quantkit.calibrate.passes import Window
 from quantkit.calibrate.text import read_text
-from quantkit.errors import DataError, OutputError, UsageError
-from quantkit.evaluate.manifest import CHECK, RECIPE, REPORT, check_document, tensor_manifest
-from quantkit.export.compressed_tensors import CompressedTensors
+from quantkit.errors import DataError, OutputError
+from quantkit.evaluation.manifest import CHECK, RECIPE, REPORT, check_document, tensor_manifest
+from quantkit.exporters.compressed_tensors import CompressedTensors
 from quantkit.model import names
 from quantkit.model.checkpoint import INDEX, Checkpoint
+from quantkit.model.device import pick_device
 from quantkit.model.names import Source
 from quantkit.model.skeleton import Skeleton
 from quantkit.model.writer import Writer, refuse_existing, refuse_full_disk
-from quantkit.plan import Plan, make_plan
+from quantkit.planning import Plan, make_plan
 from quantkit.recipe import Recipe
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -80,7 +81,7 @@ def prepare(recipe: Recipe, device: str | None = None) -> Prepared:
     source = names.resolve(recipe.model, revision=recipe.revision, weights=False)
     recipe = replace(recipe, revision=source.revision)
     skeleton = Skeleton(source.path)
-    plan = make_plan(skeleton, recipe, _device(device))
+    plan = make_plan(skeleton, recipe, pick_device(device))
     CompressedTensors().check(plan.schemes)
     return Prepared(recipe=recipe, source=source, skeleton=skeleton, plan=plan)
 
@@ -192,7 +193,8 @@ def _tokens(prepared: Prepared) -> Tensor:
     if not len(tokens) or (len(tokens) < wanted.samples and not wanted.allow_short):
         way = "lower --seqlen" if not len(tokens) else f"pass --samples {len(tokens)} or --allow-short"
         raise DataError(
-            f"{wanted.text} gives {len(tokens)} sequences of {seqlen} tokens, not {wanted.samples}; {way}, or give more text"
+            f"{wanted.text} gives {len(tokens)} sequences of {seqlen} tokens, not {wanted.samples}; "
+            f"{way}, or give more text"
         )
     vocabulary = prepared.skeleton.config.get_text_config().vocab_size
     if int(tokens.max()) >= vocabulary:
@@ -269,20 +271,6 @@ def _refuse_source(output: Path, source: Path) -> None:
         raise OutputError(f"{output} holds the model that is being read; choose another -o")
     if model in target.parents:
         raise OutputError(f"{output} lies inside the model that is being read; choose another -o")
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}; use cpu, cuda or cuda:1") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"the device {name!r} is not supported; use cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"there is no {name} on this machine; leave out --device to use what there is")
-    return device
 
 
 def _holds_weights(directory: Path) -> bool:

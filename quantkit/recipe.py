@@ -76,7 +76,7 @@ class Recipe:
         Raises:
             UsageError: no such method.
         """
-        learns = methods.find("quantize", method).learns
+        learns = methods.find("quantizers", method).learns
         calibration = Calibration() if learns else Calibration(text="embedded", samples=SAMPLES_TO_CHECK)
         return cls(model=model, passes={method: {}}, calibration=calibration)
 
@@ -129,7 +129,7 @@ class Recipe:
             if "model" not in table:
                 raise UsageError(f"the recipe {path} names no model; give one on the command line")
             chosen = {"passes": steps} if steps else {}
-            recipe = _build_dataclass(cls, {**table, **chosen})
+            recipe: Self = _build_dataclass(cls, {**table, **chosen})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is no recipe: {error}") from error
         recipe.build_passes()
@@ -184,7 +184,7 @@ def _read_passes(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _build(name: str, options: Mapping[str, Any], scheme: QuantScheme) -> Pass:
-    method = methods.find("quantize", name)
+    method = methods.find("quantizers", name)
     _refuse_misfits(method, options, f"the method {name}")
     step: Pass = replace(method.for_scheme(scheme), **options)
     return step

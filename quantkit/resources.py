@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def data_dir(name: str) -> Path:
-    """Return the directory of facts `name`: `quantkit/_data/<name>` in an installed wheel, `<checkout>/<name>` otherwise.
+    """Return the directory of facts `name`: `quantkit/_data/<name>` in a wheel, `<checkout>/<name>` otherwise.
 
     Raises:
         FileNotFoundError: neither exists, so the installation is damaged.

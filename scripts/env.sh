@@ -44,10 +44,9 @@ _install() {
     local heart status=0
     while sleep 30 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do say "still installing, $((SECONDS - started)) s"; done &
     heart=$!
-    : >.venv/install.log
     # the second constraint is for the environment in which pip builds quantkit itself
-    PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 "$python" -m pip install -qq \
-        --log .venv/install.log --constraint constraints.txt --editable '.[dev]' || status=$?
+    PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 "$python" -m pip install --no-input \
+        --progress-bar off --constraint constraints.txt --editable '.[dev]' >.venv/install.log 2>&1 || status=$?
     kill "$heart" 2>/dev/null
     wait "$heart" 2>/dev/null
     return "$status"
@@ -71,7 +70,8 @@ _make_environment() {
     say "installing quantkit and its dependencies into .venv; the first time this takes minutes …"
     local started=$SECONDS
     if ! _install; then
-        say "pip failed after $((SECONDS - started)) s; what it did is in .venv/install.log"
+        tail -n 15 .venv/install.log >&2
+        say "pip failed after $((SECONDS - started)) s; the whole of what it said is in .venv/install.log"
         return 1
     fi
     _expected_stamp >"$stamp.new" && mv -- "$stamp.new" "$stamp" || return

@@ -1,23 +1,20 @@
-"""`quantkit.quantize` is a function whatever was imported before, although a subpackage has the same name."""
+"""What `import quantkit` offers."""
 
+import pkgutil
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 
 import quantkit
 
 
-@pytest.mark.parametrize("name", ["quantize", "plan", "evaluate"])
-def test_a_function_wins_over_the_submodule_of_its_name(name):
-    module = import_module(f"quantkit.{name}")
-    assert module.__name__ == f"quantkit.{name}"
-    assert getattr(quantkit, name) is getattr(import_module("quantkit.api"), name)
-
-
 def test_every_public_name_is_there():
     assert all(getattr(quantkit, name).__module__.startswith("quantkit.") for name in quantkit.__all__)
+
+
+def test_no_submodule_can_take_the_place_of_a_function():
+    assert not {module.name for module in pkgutil.iter_modules(quantkit.__path__)} & set(quantkit.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error():

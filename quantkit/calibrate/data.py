@@ -35,8 +35,8 @@ def calibration_tokens(
 ) -> Tensor:
     """Return at most `samples` sequences of `seqlen` tokens, (samples, seqlen) int64, drawn from the corpora by weight.
 
-    Documents are shuffled, joined and cut; of a stream, windows are drawn without overlap. The result depends on nothing
-    but the arguments. Fewer rows come back if the text is too short.
+    Documents are shuffled, joined and cut; of a stream, windows are drawn without overlap. The result depends on
+    nothing but the arguments. Fewer rows come back if the text is too short.
     """
     generator = torch.Generator().manual_seed(seed)
     counts = _shares([corpus.weight for corpus in corpora], samples)

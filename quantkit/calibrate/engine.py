@@ -167,7 +167,7 @@ class Engine:
         return Block(index=index, module=module, sites=sites)
 
     def _check_sample(self, batches: Sequence[Tensor], actual: Sequence[Tensor]) -> CheckSample:
-        """Return the finished model's logits at the head of the first sequences, which a causal model computes alone."""
+        """Return the finished model's logits at the head of the first sequences; a causal model needs no more."""
         count = -(-CHECK_SEQUENCES // batches[0].shape[0])  # batches that hold that many sequences
         tokens = torch.cat([batch[:, :CHECK_TOKENS] for batch in batches[:count]])[:CHECK_SEQUENCES]
         hidden = torch.cat([batch[:, :CHECK_TOKENS] for batch in actual[:count]])[:CHECK_SEQUENCES].float()

@@ -52,4 +52,5 @@ def _unpack(packed: Int32[Tensor, "rows words"], bits: int, count: int) -> Int8[
     word, shift = start // 32, start % 32
     pair = words[:, word] | (words[:, word + 1] << 32)
     # `>>` on int64 is arithmetic, and the mask removes the sign bits that it brings in
-    return (((pair >> shift) & (2**bits - 1)) - 2 ** (bits - 1)).to(torch.int8)
+    codes = ((pair >> shift) & ((1 << bits) - 1)) - (1 << (bits - 1))
+    return codes.to(torch.int8)

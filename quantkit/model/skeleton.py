@@ -168,7 +168,7 @@ def _empty_model(config: PretrainedConfig, directory: Path) -> PreTrainedModel:
     try:
         # buffers such as rotary frequencies are no weights: keep them
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except _CONFIG_FAULTS as error:
         raise ModelError(
             f"{directory} is no causal language model that transformers can build: {_reason(error)}"

@@ -1,7 +1,8 @@
 """Writing a checkpoint so that it appears whole or not at all.
 
 Shards are written into a hidden directory beside the output, one for each finished window of blocks, so nothing that is
-finished waits in memory. Only `finish` moves the directory into place; a failure before that leaves the output as it was.
+finished waits in memory. Only `finish` moves the directory into place; a failure before that leaves the output as
+it was.
 """
 
 import errno
@@ -91,7 +92,7 @@ class Writer:
             (self.directory / name).write_text(text, encoding="utf-8")
 
     def copy(self, source: Path, name: str | None = None) -> None:
-        """Copy a side file or a directory of the source model, following symbolic links (a Hub cache is full of them)."""
+        """Copy a side file or a directory of the source model, following the symbolic links of a Hub cache."""
         with _clear_disk_errors(self.output):
             target = self.directory / (name or source.name)
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
@@ -146,7 +147,8 @@ def refuse_full_disk(output: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(
-            f"{output} needs {needed / 1e9:.2f} GB but {parent} has {free / 1e9:.2f} GB free; free some or choose another -o"
+            f"{output} needs {needed / 1e9:.2f} GB but {parent} has {free / 1e9:.2f} GB free; "
+            "free some or choose another -o"
         )
 
 

@@ -2,8 +2,8 @@
 
     python scripts/bench/memory.py --layers 6 12 24
 
-Models are Llama-shaped with random weights, so only memory is measured, not quality. Each run is a process of its own. The
-baseline is the peak of a process that imports the same packages and builds the same model without weights.
+Models are Llama-shaped with random weights, so only memory is measured, not quality. Each run is a process of its own.
+The baseline is the peak of a process that imports the same packages and builds the same model without weights.
 """
 
 import argparse

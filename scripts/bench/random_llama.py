@@ -1,4 +1,7 @@
-"""Write a Llama with random weights and the embedded model's tokenizer:   random_llama.py DIRECTORY LAYERS WIDTH"""
+"""Write a Llama with random weights and the embedded model's tokenizer.
+
+python scripts/bench/random_llama.py DIRECTORY LAYERS WIDTH
+"""
 
 import sys
 from pathlib import Path

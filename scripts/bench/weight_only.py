@@ -1,9 +1,9 @@
 """Perplexity of RTN and OmniQuant (LWC) at 4, 3 and 2 bits, in one run, as a Markdown table.
 
-    python scripts/bench/weight_only.py MODEL TRAIN.jsonl TEST.jsonl --group-size 32 --samples 64 --seqlen 256 --windows 80
+    python scripts/bench/weight_only.py MODEL TRAIN.jsonl TEST.jsonl --group-size 32 --samples 64 --seqlen 256
 
-Every figure is measured on the exported checkpoint, loaded by plain transformers. With --referee SCRIPT the same figure is
-measured again by that script (called as SCRIPT DIRECTORY TEXT SEQLEN WINDOWS) and the run stops if the two differ.
+Every figure is measured on the exported checkpoint, loaded by plain transformers. With --referee SCRIPT the same figure
+is measured again by that script (called as SCRIPT DIRECTORY TEXT SEQLEN WINDOWS) and the run stops if the two differ.
 """
 
 import argparse

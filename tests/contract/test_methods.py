@@ -17,7 +17,7 @@ from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.skeleton import Skeleton
 from quantkit.resources import data_dir
 
-METHODS, FORMATS = methods.names("quantize"), methods.names("export")
+METHODS, FORMATS = methods.names("quantizers"), methods.names("exporters")
 EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
 EVERY_FORMAT = pytest.mark.parametrize("name", FORMATS)
 SCHEMES = [
@@ -50,7 +50,7 @@ def test_the_methods_of_the_papers_are_there():
 
 @EVERY_METHOD
 def test_a_method_is_a_frozen_dataclass_with_keyword_fields(name):
-    method = methods.find("quantize", name)
+    method = methods.find("quantizers", name)
     assert dataclasses.is_dataclass(method)
     assert method.__dataclass_params__.frozen
     assert all(field.kw_only for field in dataclasses.fields(method))
@@ -58,7 +58,7 @@ def test_a_method_is_a_frozen_dataclass_with_keyword_fields(name):
 
 @EVERY_METHOD
 def test_a_method_can_be_asked_what_it_does(name):
-    method = methods.find("quantize", name)
+    method = methods.find("quantizers", name)
     assert isinstance(method.phase, Phase)
     assert isinstance(method.learns, bool)
     made = method.for_scheme(QuantScheme(bits=2))
@@ -66,7 +66,9 @@ def test_a_method_can_be_asked_what_it_does(name):
     assert (made.updates_per_batch > 0) == method.learns
 
 
-@pytest.mark.parametrize(("family", "name"), [*(("quantize", n) for n in METHODS), *(("export", n) for n in FORMATS)])
+@pytest.mark.parametrize(
+    ("family", "name"), [*(("quantizers", n) for n in METHODS), *(("exporters", n) for n in FORMATS)]
+)
 def test_the_summary_is_one_sentence(family, name):
     summary = methods.summary(family, name)
     assert 20 < len(summary) < 130
@@ -76,10 +78,10 @@ def test_the_summary_is_one_sentence(family, name):
 @pytest.mark.parametrize(
     ("family", "name", "hint"),
     [
-        ("quantize", "omniquent", "unknown method 'omniquent' (did you mean omniquant?)"),
-        ("quantize", "zzz", f"unknown method 'zzz' (known: {', '.join(METHODS)})"),
+        ("quantizers", "omniquent", "unknown method 'omniquent' (did you mean omniquant?)"),
+        ("quantizers", "zzz", f"unknown method 'zzz' (known: {', '.join(METHODS)})"),
         (
-            "export",
+            "exporters",
             "compressed-tensor",
             "unknown format 'compressed-tensor' (did you mean compressed-tensors?)",
         ),
@@ -94,7 +96,7 @@ def test_an_unknown_name_lists_the_nearest(family, name, hint):
 @pytest.mark.parametrize("name", ["__init__", "../core/affine", "OMNIQUANT", ""])
 def test_only_names_that_are_listed_can_be_found(name):
     with pytest.raises(UsageError, match="unknown method"):
-        methods.find("quantize", name)
+        methods.find("quantizers", name)
 
 
 def test_every_linear_of_every_block_is_quantized(result):
@@ -120,7 +122,7 @@ def test_no_block_is_worse_than_rounding(result):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_what_is_encoded_decodes_to_the_same_weights(name, scheme, shape):
-    exporter, tensor = methods.find("export", name)(), quantized(scheme, shape)
+    exporter, tensor = methods.find("exporters", name)(), quantized(scheme, shape)
     decoded = exporter.decode(exporter.encode(tensor), scheme)
     assert torch.equal(decoded.codes, tensor.codes)
     assert torch.equal(decoded.scale, tensor.scale)
@@ -133,7 +135,7 @@ def test_what_is_encoded_decodes_to_the_same_weights(name, scheme, shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_the_layout_is_that_of_the_encoded_tensors(name, scheme, shape, dtype):
-    exporter = methods.find("export", name)()
+    exporter = methods.find("exporters", name)()
     tensors = exporter.encode(quantized(scheme, shape, dtype))
     found = {end: (SAFETENSORS[tensor.dtype], tuple(tensor.shape)) for end, tensor in tensors.items()}
     assert exporter.layout(shape, scheme, SAFETENSORS[dtype]) == found
@@ -141,5 +143,5 @@ def test_the_layout_is_that_of_the_encoded_tensors(name, scheme, shape, dtype):
 
 @EVERY_FORMAT
 def test_encoded_tensors_can_be_written(name):
-    tensors = methods.find("export", name)().encode(quantized(SCHEMES[0], (33, 44)))
+    tensors = methods.find("exporters", name)().encode(quantized(SCHEMES[0], (33, 44)))
     assert all(tensor.is_contiguous() for tensor in tensors.values())

@@ -12,7 +12,7 @@ import torch
 
 from quantkit.core.affine import fake_quantize, group_bounds
 from quantkit.core.scheme import QuantScheme
-from quantkit.quantize.omniquant import LearnableClip
+from quantkit.quantizers.omniquant import LearnableClip
 
 SCHEMES = [
     QuantScheme(bits=bits, group_size=size, symmetric=symmetric)

@@ -5,8 +5,8 @@ import torch
 from families import VOCABULARY, save_tiny
 
 from quantkit.errors import ModelError
-from quantkit.evaluate.divergence import divergence
-from quantkit.evaluate.perplexity import perplexity
+from quantkit.evaluation.divergence import divergence
+from quantkit.evaluation.perplexity import perplexity
 
 ROWS = torch.randint(3, VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(1))
 

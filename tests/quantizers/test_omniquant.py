@@ -11,12 +11,12 @@ from quantkit.calibrate.record import record
 from quantkit.core.affine import fake_quantize, group_bounds, round_to_nearest
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
-from quantkit.export.compressed_tensors import CompressedTensors
+from quantkit.exporters.compressed_tensors import CompressedTensors
 from quantkit.model.block import Block, Site
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.skeleton import Skeleton
-from quantkit.quantize import omniquant
-from quantkit.quantize.omniquant import OmniQuant
+from quantkit.quantizers import omniquant
+from quantkit.quantizers.omniquant import OmniQuant
 from quantkit.resources import data_dir
 from quantkit.train.fit import FitResult
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import quantkit
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
-from quantkit.export.compressed_tensors import CompressedTensors, scheme_of
+from quantkit.exporters.compressed_tensors import CompressedTensors, scheme_of
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.resources import data_dir
 

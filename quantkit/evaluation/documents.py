@@ -12,8 +12,8 @@ from torch import Tensor
 
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
-from quantkit.evaluate.manifest import CHECK, RECIPE, REPORT, recorded_logits
-from quantkit.export.compressed_tensors import scheme_of
+from quantkit.evaluation.manifest import CHECK, RECIPE, REPORT, recorded_logits
+from quantkit.exporters.compressed_tensors import scheme_of
 from quantkit.model.checkpoint import INDEX
 
 T = TypeVar("T")

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
-from quantkit.evaluate.documents import Quantization, Report, at_most
-from quantkit.export.compressed_tensors import CompressedTensors
+from quantkit.evaluation.documents import Quantization, Report, at_most
+from quantkit.exporters.compressed_tensors import CompressedTensors
 from quantkit.model.checkpoint import BYTES, Checkpoint
 from quantkit.model.skeleton import LINEARS, Skeleton
 

@@ -11,9 +11,9 @@ from families import save_tiny
 
 from quantkit.calibrate.data import evaluation_windows
 from quantkit.calibrate.text import read_text
-from quantkit.evaluate import perplexity as module
-from quantkit.evaluate.loading import load_model
-from quantkit.evaluate.perplexity import perplexity
+from quantkit.evaluation import perplexity as module
+from quantkit.evaluation.loading import load_model
+from quantkit.evaluation.perplexity import perplexity
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("QUANTKIT_SHARED", ROOT.parent / "shared"))

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.errors import ModelError, UsageError
-from quantkit.evaluate import check as module
-from quantkit.evaluate.check import check
+from quantkit.evaluation import check as module
+from quantkit.evaluation.check import check
 
 INDEX = "model.safetensors.index.json"
 LINEAR = "model.layers.2.mlp.up_proj"

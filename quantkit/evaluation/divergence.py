@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantkit.errors import ModelError
-from quantkit.evaluate.loading import Model, quiet
-from quantkit.evaluate.perplexity import batches, chunks, exp
+from quantkit.evaluation.loading import Model, quiet
+from quantkit.evaluation.perplexity import batches, chunks, exp
 
 
 @dataclass(frozen=True)

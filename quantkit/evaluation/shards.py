@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantkit.errors import ModelError
-from quantkit.evaluate.documents import Report, at_most
+from quantkit.evaluation.documents import Report, at_most
 from quantkit.model.checkpoint import INDEX, TensorInfo, read_header
 
 

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging
 
 from quantkit.calibrate.data import load_tokenizer
-from quantkit.errors import ModelError, UsageError
+from quantkit.errors import ModelError
 from quantkit.model import names
 from quantkit.model.checkpoint import Checkpoint
+from quantkit.model.device import pick_device
 from quantkit.model.skeleton import read_config
 
 Model: TypeAlias = PreTrainedModel  # so that transformers is imported here alone
@@ -57,25 +58,6 @@ def load_model(
         tokenizer = load_tokenizer(directory)
     _place(loaded, place)
     return loaded, tokenizer
-
-
-def pick_device(name: str | None) -> torch.device:
-    """Return the device that `name` means; None is a GPU if there is one.
-
-    Raises:
-        UsageError: no such device.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}; use cpu, cuda or cuda:1") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"the device {name!r} is not supported; use cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"there is no {name} on this machine; leave out --device to use what there is")
-    return device
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantkit.evaluate.loading import Model, quiet
+from quantkit.evaluation.loading import Model, quiet
 
 BATCH_TOKENS = 1024  # how many tokens run at once, at least one window
 CHUNK = 512  # positions whose float32 logits are alive at once, whatever the vocabulary

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from quantkit import costs
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
-from quantkit.export.compressed_tensors import CompressedTensors
+from quantkit.exporters.compressed_tensors import CompressedTensors
 from quantkit.model.checkpoint import BYTES
 from quantkit.model.skeleton import LINEARS, Skeleton
 from quantkit.recipe import Recipe

@@ -12,14 +12,15 @@ from torch import Tensor
 from quantkit.calibrate.data import evaluation_windows
 from quantkit.calibrate.text import Corpus, read_text
 from quantkit.errors import ModelError, UsageError
-from quantkit.evaluate.coverage import Coverage, coverage, report_faults, size_faults
-from quantkit.evaluate.divergence import divergence
-from quantkit.evaluate.documents import Documents, Report, Sample, read_documents
-from quantkit.evaluate.loading import Model, Tokenizer, context_length, load_model, pick_device, quiet
-from quantkit.evaluate.manifest import REPORT
-from quantkit.evaluate.shards import Shards, read_shards, shard_faults, value_faults
+from quantkit.evaluation.coverage import Coverage, coverage, report_faults, size_faults
+from quantkit.evaluation.divergence import divergence
+from quantkit.evaluation.documents import Documents, Report, Sample, read_documents
+from quantkit.evaluation.loading import Model, Tokenizer, context_length, load_model, quiet
+from quantkit.evaluation.manifest import REPORT
+from quantkit.evaluation.shards import Shards, read_shards, shard_faults, value_faults
 from quantkit.model import names
 from quantkit.model.checkpoint import Checkpoint
+from quantkit.model.device import pick_device
 from quantkit.model.skeleton import Skeleton
 
 DEFAULT_TEXT, DEFAULT_SEQLEN = "embedded-test", 512

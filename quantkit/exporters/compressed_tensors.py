@@ -8,7 +8,8 @@ Per quantized linear N with weight (out, in) and b bits:
     N.weight_zero_point  int32 (ceil(out b / 32), groups) zero points + 2^(b-1), packed along `out`; asymmetric only
 
 The configuration asks transformers to dequantize while it loads: its other path fails on asymmetric checkpoints
-(llm-compressor issues 1618 and 1190), and unpacks to dense weights at the first forward anyway. vLLM does not read that key.
+(llm-compressor issues 1618 and 1190), and unpacks to dense weights at the first forward anyway. vLLM does not read
+that key.
 """
 
 from collections.abc import Mapping, Sequence

@@ -7,7 +7,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from transformers.utils import logging
 
 from quantkit.errors import ModelError, UsageError
-from quantkit.evaluate.loading import load_model, pick_device
+from quantkit.evaluation.loading import load_model, pick_device
 
 
 @pytest.fixture

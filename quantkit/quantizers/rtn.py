@@ -1,4 +1,4 @@
-"""Round-to-nearest between each group's smallest and largest weight: no data, no training, the baseline of the field."""
+"""Round-to-nearest between each group's smallest and largest weight: no data, no training, the field's baseline."""
 
 from dataclasses import dataclass
 from typing import ClassVar
