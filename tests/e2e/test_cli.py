@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -173,3 +175,23 @@ def test_python_does_the_same_as_the_command_line(output, tmp_path):
         output=tmp_path / "o",
     )
     assert result.report["sha256"] == json.loads((path / "report.json").read_text())["sha256"]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path, sent):
+    command = ["quantize", "tiny", *SMALL, "--epochs", "100000", "-o", tmp_path / "out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "quantkit", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background jobs ignore Ctrl-C, and their children would too
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:  # the hidden directory: calibration has begun
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(sent)
+    assert process.communicate(timeout=60)[1] == "error: interrupted; nothing was written\n"
+    assert process.returncode == 130
+    assert list(tmp_path.iterdir()) == []
