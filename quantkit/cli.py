@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. [default: a GPU if there is one]")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. (default: a GPU if there is one)")]
 Revision = Annotated[str | None, typer.Option(help="Revision on the Hub: a commit, branch or tag.")]
 Model = Annotated[str, typer.Argument(help="A directory, a Hub id (org/name), or an alias: quantkit list models.")]
 Output = Annotated[Path, typer.Argument(help="A directory that `quantkit quantize` wrote.")]
@@ -41,16 +41,16 @@ def quantize(
         Path | None,
         typer.Option("--output", "-o", help="Directory to write; it appears whole or not at all."),
     ] = None,
-    wbits: Annotated[int | None, typer.Option(help="Bits per weight, 2 to 8. [default: 4]")] = None,
+    wbits: Annotated[int | None, typer.Option(help="Bits per weight, 2 to 8. (default: 4)")] = None,
     group_size: Annotated[
         str | None,
-        typer.Option(help="Weights that share a scale, or `channel` for one scale per row. [default: 128]"),
+        typer.Option(help="Weights that share a scale, or `channel` for one scale per row. (default: 128)"),
     ] = None,
     symmetric: Annotated[
-        bool | None, typer.Option("--symmetric/--asymmetric", help="No zero points. [default: asymmetric]")
+        bool | None, typer.Option("--symmetric/--asymmetric", help="No zero points. (default: asymmetric)")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="How to quantize: quantkit list methods. [default: omniquant]")
+        str | None, typer.Option(help="How to quantize: quantkit list methods. (default: omniquant)")
     ] = None,
     ignore: Annotated[
         list[str] | None,
@@ -60,29 +60,31 @@ def quantize(
         str | None,
         typer.Option(
             help="Text to learn from: a name (`quantkit list calibrations`), or a .txt, .jsonl, .parquet or .toml file."
-            " [default: default; embedded for methods that do not learn]"
+            " (default: default; embedded for methods that do not learn)"
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences. [default: 128]")] = None,
-    seqlen: Annotated[
-        int | None, typer.Option(help="Tokens in a sequence. [default: 2048, or the model's context]")
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences. (default: 128; 4 for methods that do not learn)")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per update. [default: 1]")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens in a sequence. (default: 2048, or the model's context)")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per update. (default: 1)")] = None,
     allow_short: Annotated[
         bool | None,
         typer.Option("--allow-short", help="Go on when the text has fewer sequences than asked for."),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the calibration data. [default: 20; 40 at 2 bits]")
+        int | None, typer.Option(help="Passes over the calibration data. (default: 20; 40 at 2 bits)")
     ] = None,
     lwc_lr: Annotated[
-        float | None, typer.Option(help="Learning rate of the clipping (omniquant). [default: 0.01]")
+        float | None, typer.Option(help="Learning rate of the clipping (omniquant). (default: 0.01)")
     ] = None,
     aug_loss: Annotated[
         bool | None,
-        typer.Option("--aug-loss/--no-aug-loss", help="Second loss term (omniquant). [default: at 2 bits]"),
+        typer.Option("--aug-loss/--no-aug-loss", help="Second loss term (omniquant). (default: at 2 bits)"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random. (default: 0)")] = None,
     device: Device = None,
     revision: Revision = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe, as saved beside a model; flags change it.")] = None,
@@ -148,9 +150,9 @@ def check(
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(help="Text for --against: a calibration name or a file. [default: embedded-test]"),
+        typer.Option(help="Text for --against: a calibration name or a file. (default: embedded-test)"),
     ] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens per window for --against. [default: up to 512]")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window for --against. (default: up to 512)")] = None,
     windows: Annotated[int, typer.Option(help="Windows for --against.")] = 16,
     device: Device = None,
     as_json: Json = False,
@@ -182,7 +184,7 @@ def evaluate(
         typer.Option(help="A calibration name (quantkit list calibrations) or a .txt, .jsonl or .parquet file."),
     ] = "wikitext2-test",
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
-    windows: Annotated[int | None, typer.Option(help="Use only the first N windows. [default: all]")] = None,
+    windows: Annotated[int | None, typer.Option(help="Use only the first N windows. (default: all)")] = None,
     bos: Annotated[
         bool, typer.Option("--bos", help="Put the tokenizer's BOS before every window (Gemma needs it).")
     ] = False,

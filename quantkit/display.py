@@ -161,7 +161,8 @@ def quantized(output: Path, report: Mapping[str, Any], *, as_json: bool) -> None
     )
     table.add_row("quantized", f"{share:.1%} of {report['parameters']:,} parameters")
     table.add_row("size", f"{_bytes(measured['output_bytes'])} of weights")
-    table.add_row("block error", f"{before:.3e} rounding to nearest, {after:.3e} kept (mean, relative)")
+    learned = f" → {after:.3e} kept ({after / before - 1:+.0%})" if before and after != before else ""
+    table.add_row("block error", f"{before:.3e} rounding to nearest{learned}")
     fallbacks = [block["index"] for block in blocks if "fallback" in block["notes"]]
     if fallbacks:
         table.add_row("fallback", f"[yellow]rounded to nearest in blocks {', '.join(map(str, fallbacks))}[/]")

@@ -16,6 +16,7 @@ from quantkit.model.skeleton import LINEARS, Skeleton
 from quantkit.recipe import Recipe
 
 DEFAULT_SEQLEN = 2048
+SEQLEN_TO_CHECK = 512  # for methods that do not learn: enough to measure block errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +169,8 @@ def _sequence_length(skeleton: Skeleton, recipe: Recipe) -> int:
     wanted = recipe.calibration.seqlen
     if wanted is not None and wanted > context:
         raise UsageError(f"--seqlen {wanted} is longer than the model's context of {context}")
-    return wanted or min(DEFAULT_SEQLEN, context)
+    learns = any(step.learns for step in recipe.build_passes().values())
+    return wanted or min(DEFAULT_SEQLEN if learns else SEQLEN_TO_CHECK, context)
 
 
 def _output_bytes(

@@ -25,7 +25,8 @@ class Calibration:
     Attributes:
         text: name of a mix, or a file.
         samples: number of sequences.
-        seqlen: tokens in a sequence; None: 2048, or the model's context where that is shorter.
+        seqlen: tokens in a sequence; None: 2048 (512 for methods that do not learn), or the model's
+            context where that is shorter.
         batch_size: sequences in a batch; a learning method makes one update per batch.
         allow_short: go on with fewer sequences where the text has no more.
     """

@@ -99,6 +99,7 @@ class Engine:
         with self.skeleton.outer_weights(self.checkpoint, torch.float32, self.device):
             recording = record(self.skeleton, batches, self.device)
         reference = [hidden.to(self.storage) for hidden in recording.hidden]
+        recording.hidden.clear()  # the streams move on; what they were need not stay in memory
         actual = list(reference)
         reports = []
         for index in range(len(self.skeleton.blocks)):
