@@ -54,6 +54,7 @@ def plan(plan: "Plan", recipe: "Recipe", *, as_json: bool) -> None:
         return
     _out.print(_plan_table(plan, recipe))
     _out.print(_sites_table(plan))
+    _print_notes(_out, plan)
 
 
 def plan_facts(plan: "Plan", recipe: "Recipe") -> dict[str, Any]:
@@ -76,6 +77,7 @@ def plan_facts(plan: "Plan", recipe: "Recipe") -> dict[str, Any]:
         "memory_bytes": plan.memory_bytes,
         "device_bytes": plan.device_bytes,
         "seconds": plan.seconds,
+        "notes": list(plan.notes),
     }
 
 
@@ -111,11 +113,7 @@ class QuantizeProgress:
         """Show the plan in short."""
         if not self.quiet:
             self.bar.console.print(_plan_table(plan, self.recipe))
-            if plan.architecture is None:
-                self.bar.console.print(
-                    f"[yellow]note:[/] no architecture file describes {plan.model_type}; "
-                    "each linear is its own group, which is all this method needs"
-                )
+            _print_notes(self.bar.console, plan)
 
     def stage(self, name: str) -> None:
         """Name what is being done."""
@@ -242,6 +240,11 @@ def _plan_table(plan: "Plan", recipe: "Recipe") -> Table:
     table.add_row("memory", f"about {_bytes(plan.memory_bytes)} at the peak{device}")
     table.add_row("time", f"about {_duration(plan.seconds)}")
     return table
+
+
+def _print_notes(console: Console, plan: "Plan") -> None:
+    for note in plan.notes:
+        console.print(f"[yellow]note:[/] {escape(note)}")
 
 
 def _sites_table(plan: "Plan") -> Table:

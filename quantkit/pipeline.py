@@ -234,6 +234,7 @@ def _report(
         "source": {"model": recipe.model, "id": prepared.source.id, "revision": prepared.source.revision},
         "scheme": str(recipe.scheme),
         "method": list(recipe.passes)[-1],
+        "notes": list(plan.notes),
         "seed": recipe.seed,
         "device": str(plan.device),
         "calibration": {"text": recipe.calibration.text, "samples": len(tokens), "seqlen": plan.seqlen},

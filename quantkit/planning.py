@@ -1,6 +1,6 @@
 """What a run will do, before it does anything: sites, sizes, memory, disk, time."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -40,6 +40,7 @@ class Plan:
         memory_bytes: predicted peak of resident host memory.
         device_bytes: predicted peak of GPU memory, 0 on the CPU.
         seconds: predicted duration of the calibration.
+        notes: what the user should know, one sentence each.
     """
 
     model_type: str
@@ -58,6 +59,7 @@ class Plan:
     memory_bytes: int
     device_bytes: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
     @property
     def quantized_parameters(self) -> int:
@@ -107,6 +109,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
         memory_bytes=costs.host_memory(work),
         device_bytes=costs.device_memory(work),
         seconds=costs.duration(work),
+        notes=tuple(_notes(skeleton, schemes)),
     )
 
 
@@ -140,6 +143,28 @@ def _assign_schemes(linears: Mapping[str, nn.Module], recipe: Recipe) -> dict[st
     if not schemes:
         raise UsageError("--ignore excludes every linear, so nothing is left to quantize")
     return schemes
+
+
+def _notes(skeleton: Skeleton, schemes: Mapping[str, QuantScheme]) -> Iterator[str]:
+    family = skeleton.architecture
+    if family is None:
+        yield (
+            f"no architecture file describes {skeleton.config.model_type}, so its blocks were found by themselves "
+            "and each linear is its own group"
+        )
+        return
+    partial: dict[str, str] = {}
+    for index in range(len(skeleton.blocks)):
+        for group in family.groups:
+            names = [skeleton.module_name(index, linear) for linear in group.linears]
+            chosen = [name for name in names if name in schemes]
+            if chosen and len(chosen) < len(names):
+                partial.setdefault(group.name, next(name for name in names if name not in schemes))
+    for group_name, name in partial.items():
+        yield (
+            f"{name} stays dense but others of the group {group_name} do not; "
+            "vLLM fuses such a group and cannot load a part of it"
+        )
 
 
 def _workload(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> costs.Workload:

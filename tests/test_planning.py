@@ -1,6 +1,6 @@
 import pytest
 import torch
-from families import save_tiny, save_tokenizer
+from families import WITHOUT_FILE, save_tiny, save_tokenizer
 
 import quantkit
 from quantkit.core.scheme import QuantScheme
@@ -133,3 +133,15 @@ def test_a_sequence_longer_than_the_context():
 def test_a_device_that_cannot_be_used(device, problem):
     with pytest.raises(UsageError, match=problem):
         quantkit.plan("tiny", group_size=32, device=device)
+
+
+def test_a_plan_says_when_a_part_of_what_vllm_fuses_stays_dense():
+    (note,) = quantkit.plan("tiny", **FEW, group_size=32, ignore=["*.q_proj"]).notes
+    assert "model.layers.0.self_attn.q_proj stays dense" in note
+    assert quantkit.plan("tiny", **FEW, group_size=32, ignore=["*.self_attn.*"]).notes == ()
+
+
+def test_a_plan_says_when_no_file_describes_the_family(tmp_path):
+    save_tiny(WITHOUT_FILE, tmp_path)
+    (note,) = quantkit.plan(tmp_path, **FEW, group_size=32).notes
+    assert f"no architecture file describes {WITHOUT_FILE}" in note
