@@ -1,4 +1,4 @@
-"""Predicted memory and time of a run, from sizes alone and from two operations timed on this machine.
+"""Predicted memory and time of a run, from sizes alone and from three operations timed on this machine.
 
 Memory counts what lives at the same time. First everything outside the blocks, while the blocks' inputs are recorded;
 later the two streams, one block in float32, its rounded copies, and what one training update saves. The factors below
@@ -18,7 +18,8 @@ LIBRARIES = 75e6  # what torch, tokenizers and safetensors allocate when they ar
 COPIES_ROUNDED = 2.0  # float32 copies, codes and temporaries of a block that is rounded for comparison
 COPIES_TRAINED = 1.5  # fake-quantized weights and their gradients during an update
 SWEEPS_PER_UPDATE = 14  # elementwise operations on a block's weights in one update, forward and backward
-OVERHEAD = 1.3  # everything that is neither a matrix product nor an elementwise operation on weights
+CALLS_PER_UPDATE = 130  # operations of any size that an update makes for each linear; they decide for small models
+OVERHEAD = 1.3  # everything else
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Workload:
     Attributes:
         blocks: number of blocks.
         block_parameters: parameters of the largest block.
+        block_linears: number of linears in a block.
         block_features: input and output features of its linears, summed.
         outer_parameters: parameters outside the blocks.
         width: size of a hidden state.
@@ -43,6 +45,7 @@ class Workload:
 
     blocks: int
     block_parameters: int
+    block_linears: int
     block_features: int
     outer_parameters: int
     width: int
@@ -77,20 +80,31 @@ def device_memory(work: Workload) -> int:
 
 def duration(work: Workload) -> float:
     """Return the predicted seconds of the walk over the blocks."""
-    rate, sweep = machine_speed(work.device)
+    rate, sweep, call = machine_speed(work.device)
     forward = 2 * work.block_parameters * work.samples * work.seqlen / rate
     forwards = 4 if work.updates else 3  # reference, rounded to nearest, (learned,) kept
     batches = work.samples / work.batch_size
-    training = work.updates * (3 * forward + SWEEPS_PER_UPDATE * work.block_parameters * sweep * batches)
+    update = SWEEPS_PER_UPDATE * work.block_parameters * sweep + CALLS_PER_UPDATE * work.block_linears * call
+    training = work.updates * (3 * forward + update * batches)
     return work.blocks * (forwards * forward + training) * OVERHEAD
 
 
-def machine_speed(device: torch.device) -> tuple[float, float]:
-    """Return (floating-point operations per second of a matrix product, seconds per element of a sweep), timed now."""
+def machine_speed(device: torch.device) -> tuple[float, float, float]:
+    """Return what this machine does now.
+
+    Returns:
+        Floating-point operations per second of a matrix product, seconds per element of an elementwise operation, and
+        seconds of the smallest operation.
+    """
     gpu = device.type == "cuda"
     size = 4096 if gpu else 768
     matrix = torch.ones(size, size, device=device, dtype=torch.bfloat16 if gpu else torch.float32)
-    return 2 * size**3 / _fastest(lambda: matrix @ matrix, device), _fastest(lambda: matrix * 2.0, device) / size**2
+    small = matrix[:1, :1].clone()
+    return (
+        2 * size**3 / _fastest(lambda: matrix @ matrix, device),
+        _fastest(lambda: matrix * 2.0, device) / size**2,
+        _fastest(lambda: [small * 2.0 for _ in range(100)], device) / 100,
+    )
 
 
 def _fastest(work: Callable[[], object], device: torch.device) -> float:

@@ -174,6 +174,7 @@ def _workload(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> costs
     return costs.Workload(
         blocks=len(skeleton.blocks),
         block_parameters=max(_count(block.parameters()) for block in skeleton.blocks),
+        block_linears=len(skeleton.block_linears(0)),
         block_features=sum(sum(_shape(module)) for module in skeleton.block_linears(0).values()),
         outer_parameters=_count(skeleton.outer_parameters().values()),
         width=text_config.hidden_size,
