@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.passes import Pass, Window
 from quantkit.calibrate.record import Recording, finish, record
 from quantkit.core.affine import round_to_nearest
@@ -106,6 +107,8 @@ class Engine:
             window = self._open(index, recording, reference, actual, listener)
             reports.append(self._process(index, window, actual))
             emit(window)
+            del window
+            release_freed()
             listener.block(reports[-1])
             listener.progress(index + 1, len(self.skeleton.blocks))
         return reports, self._check_sample(batches, actual)
