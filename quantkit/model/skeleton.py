@@ -63,6 +63,7 @@ class Skeleton:
         self.config = read_config(directory)
         if packed:
             vars(self.config).pop("quantization_config", None)
+        _refuse_shared_attention(self.config)
         self.model = _empty_model(self.config, directory)
         model_type = self.config.model_type
         self.architecture = architecture.find(self.model.config.to_dict())
@@ -208,6 +209,16 @@ def _largest_module_list(model: nn.Module, model_type: str) -> tuple[str, nn.Mod
         )
     name = max(lists, key=lambda name: (sum(p.numel() for p in lists[name].parameters()), -name.count(".")))
     return name, lists[name]
+
+
+def _refuse_shared_attention(config: PretrainedConfig) -> None:
+    """Refuse blocks that read other blocks' keys and values: the reference stream would meet quantized ones."""
+    shared = getattr(config.get_text_config(), "num_kv_shared_layers", 0)
+    if shared:
+        raise ModelError(
+            f"{shared} blocks of this {config.model_type} model use the keys and values of other blocks, "
+            "so they cannot be quantized one at a time; such models are not supported yet"
+        )
 
 
 def _refuse_fused_experts(blocks: nn.ModuleList, model_type: str) -> None:

@@ -217,3 +217,9 @@ def test_a_quantized_model_is_refused(tmp_path):
 def test_a_model_without_decoder_layers_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "ctrl", "n_layer": 0, "n_embd": 8, "vocab_size": 16}')
     assert "no list of decoder layers" in refusal(lambda: Skeleton(tmp_path))
+
+
+def test_blocks_that_share_keys_and_values_are_refused(tmp_path):
+    values = {"model_type": "gemma3n_text", "num_kv_shared_layers": 2, "num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert "2 blocks of this gemma3n_text model" in refusal(lambda: Skeleton(tmp_path))
