@@ -39,7 +39,7 @@ class Workload:
         seqlen: tokens in one.
         batch_size: sequences in a batch.
         streams: copies of the hidden states that are kept.
-        updates: training updates over each batch; 0: nothing is learned.
+        updates: training updates, over one batch each, that a block takes part in; 0: nothing is learned.
         device: where blocks are computed.
     """
 
@@ -55,7 +55,7 @@ class Workload:
     seqlen: int
     batch_size: int
     streams: int
-    updates: int
+    updates: float
     device: torch.device
 
     @property
@@ -85,7 +85,7 @@ def duration(work: Workload) -> float:
     forwards = 4 if work.updates else 3  # reference, rounded to nearest, (learned,) kept
     batches = work.samples / work.batch_size
     update = SWEEPS_PER_UPDATE * work.block_parameters * sweep + CALLS_PER_UPDATE * work.block_linears * call
-    training = work.updates * (3 * forward + update * batches)
+    training = work.updates * (3 * forward / batches + update)
     return work.blocks * (forwards * forward + training) * OVERHEAD
 
 

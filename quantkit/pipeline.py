@@ -16,13 +16,13 @@ from torch import Tensor
 
 from quantkit.calibrate.data import calibration_tokens, load_tokenizer
 from quantkit.calibrate.engine import BlockReport, CheckSample, Engine, Listener
-from quantkit.calibrate.passes import Window
 from quantkit.calibrate.text import read_text
 from quantkit.errors import DataError, OutputError
 from quantkit.evaluation.manifest import CHECK, RECIPE, REPORT, check_document, tensor_manifest
 from quantkit.exporters.compressed_tensors import CompressedTensors
 from quantkit.model import names
-from quantkit.model.checkpoint import INDEX, Checkpoint
+from quantkit.model.block import Block
+from quantkit.model.checkpoint import INDEX, TORCH_DTYPES, Checkpoint
 from quantkit.model.device import pick_device
 from quantkit.model.names import Source
 from quantkit.model.skeleton import Skeleton
@@ -133,22 +133,23 @@ def _engine(prepared: Prepared, checkpoint: Checkpoint) -> Engine:
         schemes=prepared.plan.schemes,
         scale_dtype=prepared.plan.scale_dtype,
         device=prepared.plan.device,
+        seed=prepared.recipe.seed,
     )
 
 
 class _Sink:
-    """Encodes finished windows into the writer, then copies everything that no window replaced."""
+    """Encodes finished blocks into the writer, then copies everything that no block replaced."""
 
     def __init__(self, prepared: Prepared, checkpoint: Checkpoint, writer: Writer) -> None:
         self.prepared, self.checkpoint, self.writer = prepared, checkpoint, writer
         self.replaced: set[str] = set()
         self.written: dict[str, tuple[str, tuple[int, ...]]] = {}
 
-    def emit(self, window: Window) -> None:
-        """Write the packed tensors of a window under the names that the source gave its weights."""
+    def emit(self, block: Block) -> None:
+        """Write the tensors that were made of a block under the names that the source gave them."""
         exporter, skeleton = CompressedTensors(), self.prepared.skeleton
-        for site in window.sites:
-            stored = skeleton.stored_name(f"{site.name}.weight", self.checkpoint)
+        for site in block.sites:
+            stored = skeleton.stored_name(site.parameter, self.checkpoint)
             assert stored is not None, f"{site.name} was loaded but is not in the checkpoint"
             assert site.quantized is not None, f"{site.name} was not rounded"
             self.replaced.add(stored)
@@ -159,6 +160,13 @@ class _Sink:
                 self.written[prefix + end] = entry
             for end, tensor in exporter.encode(site.quantized).items():
                 self.writer.add(prefix + end, tensor)
+        for name in sorted(block.changed):
+            stored = skeleton.stored_name(f"{block.name}.{name}", self.checkpoint)
+            assert stored is not None, f"{name} was loaded but is not in the checkpoint"
+            info = self.checkpoint.tensors[stored]
+            self.replaced.add(stored)
+            self.written[stored] = (info.dtype, info.shape)
+            self.writer.add(stored, block.module.get_parameter(name).to(TORCH_DTYPES[info.dtype]))
         self.writer.flush()
 
     def copy_rest(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import costs
+from quantkit.calibrate.passes import Pass
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
 from quantkit.exporters.compressed_tensors import CompressedTensors
@@ -184,9 +185,18 @@ def _workload(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> costs
         seqlen=_sequence_length(skeleton, recipe),
         batch_size=recipe.calibration.batch_size,
         streams=2 + any(getattr(step, "aug_loss", False) for step in passes),
-        updates=sum(step.updates_per_batch for step in passes),
+        updates=_updates_per_block(len(skeleton.blocks), passes),
         device=device,
     )
+
+
+def _updates_per_block(blocks: int, passes: Iterable[Pass]) -> float:
+    """Return the updates that each block takes part in, on average: windows of several blocks overlap."""
+    total = 0
+    for step in passes:
+        span = min(blocks, step.blocks_at_once)
+        total += step.updates_per_window * span * (blocks - span + 1)
+    return total / blocks
 
 
 def _sequence_length(skeleton: Skeleton, recipe: Recipe) -> int:

@@ -18,7 +18,7 @@ from quantkit.calibrate.record import Recording, finish, record
 from quantkit.core.affine import round_to_nearest
 from quantkit.core.scheme import QuantScheme
 from quantkit.model.block import Block, Site
-from quantkit.model.checkpoint import Checkpoint
+from quantkit.model.checkpoint import TORCH_DTYPES, Checkpoint
 from quantkit.model.skeleton import Skeleton
 
 CHECK_SEQUENCES, CHECK_TOKENS = 4, 32
@@ -70,6 +70,7 @@ class Engine:
         schemes: module name → scheme of every linear that is quantized.
         scale_dtype: dtype in which scales are stored.
         device: where blocks are computed.
+        seed: seed of everything random.
     """
 
     skeleton: Skeleton
@@ -78,6 +79,7 @@ class Engine:
     schemes: Mapping[str, QuantScheme]
     scale_dtype: torch.dtype
     device: torch.device
+    seed: int = 0
 
     @property
     def storage(self) -> torch.dtype:
@@ -85,13 +87,13 @@ class Engine:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def run(
-        self, batches: Sequence[Tensor], emit: Callable[[Window], None], listener: Listener
+        self, batches: Sequence[Tensor], emit: Callable[[Block], None], listener: Listener
     ) -> tuple[list[BlockReport], CheckSample]:
         """Walk over all blocks.
 
         Args:
             batches: calibration tokens, (batch, tokens) int64 each.
-            emit: receives every finished window while its blocks are still in memory.
+            emit: receives every finished block while it is still in memory.
             listener: told about progress.
 
         Returns:
@@ -99,59 +101,22 @@ class Engine:
         """
         with self.skeleton.outer_weights(self.checkpoint, torch.float32, self.device):
             recording = record(self.skeleton, batches, self.device)
-        reference = [hidden.to(self.storage) for hidden in recording.hidden]
+        actual = [hidden.to(self.storage) for hidden in recording.hidden]
         recording.hidden.clear()  # the streams move on; what they were need not stay in memory
-        actual = list(reference)
+        walk = _Walk(self, recording, actual, listener)
         reports = []
         for index in range(len(self.skeleton.blocks)):
-            window = self._open(index, recording, reference, actual, listener)
-            reports.append(self._process(index, window, actual))
-            emit(window)
-            del window
+            block, report = walk.advance(index)
+            reports.append(report)
+            emit(block)
+            del block
             release_freed()
-            listener.block(reports[-1])
+            listener.block(report)
             listener.progress(index + 1, len(self.skeleton.blocks))
         return reports, self._check_sample(batches, actual)
 
-    @torch.no_grad()
-    def _open(
-        self,
-        index: int,
-        recording: Recording,
-        reference: list[Tensor],
-        actual: list[Tensor],
-        listener: Listener,
-    ) -> Window:
-        """Load a window and advance the reference stream through it."""
-        total = len(self.skeleton.blocks)
-        window = Window(
-            blocks=[self._load(index)],
-            inputs=actual,
-            targets=reference,
-            arguments=[arguments[index : index + 1] for arguments in recording.arguments],
-            device=self.device,
-            tick=lambda share: listener.progress(index + share, total),
-        )
-        for batch, hidden in enumerate(reference):
-            reference[batch] = window.forward(batch, hidden=hidden).to(self.storage)
-        return window
-
-    def _process(self, index: int, window: Window, actual: list[Tensor]) -> BlockReport:
-        """Apply the passes, put the quantized weights in place and advance the actual stream through them."""
-        window.error_rtn = window.error({site.name: _rtn_weight(site) for site in window.sites})
-        for step in self.passes:
-            step.apply(window)
-        for site in window.sites:
-            assert site.quantized is not None, f"no pass rounded {site.name}"
-            site.weight.data = site.quantized.dequantize().to(site.weight.dtype)
-
-        def advance(batch: int, output: Tensor) -> None:
-            actual[batch] = output.to(self.storage)
-
-        error = window.error(keep=advance)
-        return BlockReport(index=index, error_rtn=window.error_rtn, error=error, notes=window.notes)
-
-    def _load(self, index: int) -> Block:
+    def load(self, index: int) -> Block:
+        """Return block `index` with its weights in float32 and its sites."""
         module = self.skeleton.load_block(index, self.checkpoint, torch.float32, self.device)
         family = self.skeleton.architecture
         sites = []
@@ -168,7 +133,10 @@ class Engine:
                         scale_dtype=self.scale_dtype,
                     )
                 )
-        return Block(index=index, module=module, sites=sites)
+        prefix = self.skeleton.module_name(index, "")
+        stored = {n: self.skeleton.stored_name(prefix + n, self.checkpoint) for n, _ in module.named_parameters()}
+        dtypes = {n: TORCH_DTYPES[self.checkpoint.tensors[source].dtype] for n, source in stored.items() if source}
+        return Block(index=index, name=prefix.rstrip("."), module=module, sites=sites, dtypes=dtypes)
 
     def _check_sample(self, batches: Sequence[Tensor], actual: Sequence[Tensor]) -> CheckSample:
         """Return the finished model's logits at the head of the first sequences; a causal model needs no more."""
@@ -181,6 +149,79 @@ class Engine:
         return CheckSample(tokens=tokens, logits=torch.cat(logits))
 
 
-def _rtn_weight(site: Site) -> Tensor:
-    quantized = round_to_nearest(site.weight, site.scheme, site.scale_dtype)
-    return quantized.dequantize().to(site.weight.dtype)
+class _Walk:
+    """The streams and the sliding window.
+
+    `actual` is the stream before the window; each of `references` the reference stream after one of its blocks. A window
+    holds `span` blocks where so many are left. The passes are applied while blocks are left outside; then the window has
+    reached the end, and its blocks are finished one after the other with what was decided about them there.
+    """
+
+    def __init__(self, engine: Engine, recording: Recording, actual: list[Tensor], listener: Listener) -> None:
+        self.engine, self.recording, self.actual, self.listener = engine, recording, actual, listener
+        self.blocks: list[Block] = []
+        self.references: list[list[Tensor]] = []
+        self.last = list(actual)  # the reference stream after the last block that was loaded; both begin as one
+        self.total = len(engine.skeleton.blocks)
+        self.span = min(self.total, max(step.blocks_at_once for step in engine.passes))
+
+    def advance(self, index: int) -> tuple[Block, BlockReport]:
+        """Finish block `index`, the first of the window, and let the window slide behind it."""
+        fresh = 0
+        while len(self.blocks) < min(self.span, self.total - index):
+            self._take_in(index + len(self.blocks))
+            fresh += 1
+        block, alone = self.blocks[0], self._window(index, count=1)
+        error_rtn = alone.error(rounded_to_nearest(block.sites))
+        notes = self._optimise(index, fresh, error_rtn) if fresh else {}
+        for site in block.sites:
+            assert site.quantized is not None, f"no pass rounded {site.name}"
+            site.weight.data = site.quantized.dequantize().to(site.weight.dtype)
+
+        def keep(batch: int, output: Tensor) -> None:
+            self.actual[batch] = output.to(self.engine.storage)
+
+        error = alone.error(keep=keep)
+        del self.blocks[0], self.references[0]
+        return block, BlockReport(index=index, error_rtn=error_rtn, error=error, notes=notes)
+
+    def _optimise(self, index: int, fresh: int, error_rtn: float) -> Mapping[str, object]:
+        """Apply the passes to the window; `error_rtn` is that of its first block."""
+        window = self._window(index, count=len(self.blocks), fresh=fresh)
+        window.error_rtn = error_rtn if self.span == 1 else window.error(rounded_to_nearest(window.sites))
+        for step in self.engine.passes:
+            step.apply(window)
+        return window.notes
+
+    @torch.no_grad()
+    def _take_in(self, index: int) -> None:
+        """Load a block behind the window and advance the reference stream through it."""
+        self.blocks.append(self.engine.load(index))
+        if self.references:  # an earlier block of the window still needs the stream that is left behind
+            self.last = list(self.last)
+        self.references.append(self.last)
+        place = len(self.blocks) - 1
+        alone = self._window(index, count=1, first=place)
+        for batch, hidden in enumerate(self.last):
+            self.last[batch] = alone.forward(batch, hidden=hidden).to(self.engine.storage)
+
+    def _window(self, index: int, *, count: int, first: int = 0, fresh: int = 0) -> Window:
+        return Window(
+            blocks=self.blocks[first : first + count],
+            inputs=self.actual,
+            references=self.references[first : first + count],
+            arguments=[arguments[index : index + count] for arguments in self.recording.arguments],
+            device=self.engine.device,
+            fresh=fresh,
+            seed=self.engine.seed,
+            tick=lambda share: self.listener.progress(index + share, self.total),
+        )
+
+
+def rounded_to_nearest(sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Return the weights of the sites, rounded to nearest, by full parameter name."""
+    rounded = {}
+    for site in sites:
+        quantized = round_to_nearest(site.weight, site.scheme, site.scale_dtype)
+        rounded[site.parameter] = quantized.dequantize().to(site.weight.dtype)
+    return rounded

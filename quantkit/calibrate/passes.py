@@ -1,6 +1,6 @@
 """What a method is: one pass over one window of blocks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import ClassVar, Protocol
@@ -25,48 +25,67 @@ class Phase(IntEnum):
 class Window:
     """The consecutive blocks that are optimised together, with everything a pass may look at.
 
+    Windows may slide: a block that was in the window before keeps its place, its original weights, and what the pass
+    stored in `site.learned`; when the window moves on, its first block is finished with what `site.quantized` holds.
+
     Attributes:
         blocks: the blocks, their weights in float32.
         inputs: the actual stream, what the quantized blocks before this window produce; one tensor
             (batch, tokens, width) per batch.
-        targets: the reference stream after this window, what the original model produces there; same layout.
+        references: per block of the window, the reference stream after it, what the original model produces there;
+            per batch as `inputs`.
         arguments: per batch, per block of the window, the other arguments of the block.
         device: where the blocks are.
+        fresh: how many blocks at the end of the window were not in the one before.
         error_rtn: the window's error with plain round-to-nearest weights, the bar for every method.
+        seed: seed of everything random.
         notes: what a pass wants to see in the report, one value per name.
         tick: to be called after every update, with the share of the pass that is done.
     """
 
     blocks: Sequence[Block]
     inputs: Sequence[Tensor]
-    targets: Sequence[Tensor]
+    references: Sequence[Sequence[Tensor]]
     arguments: Sequence[Sequence[Arguments]]
     device: torch.device
+    fresh: int = 1
     error_rtn: float = 0.0
+    seed: int = 0
     notes: dict[str, object] = field(default_factory=dict)
     tick: Callable[[float], None] = lambda share: None  # noqa: ARG005
+
+    @property
+    def targets(self) -> Sequence[Tensor]:
+        """The reference stream after the window."""
+        return self.references[-1]
 
     @property
     def sites(self) -> list[Site]:
         """All quantized linears of the window."""
         return [site for block in self.blocks for site in block.sites]
 
-    def forward(self, batch: int, weights: dict[str, Tensor] | None = None, hidden: Tensor | None = None) -> Tensor:
+    def forward(
+        self, batch: int, parameters: Mapping[str, Tensor] | None = None, hidden: Tensor | None = None
+    ) -> Tensor:
         """Return the window's output for a batch of the actual stream, or for `hidden`, (batch, tokens, width).
 
-        `weights` replaces the weights of the named sites (full names); gradients flow to them. On a GPU the matrix
-        products run in bfloat16 under autocast, on a CPU everything is float32.
+        `parameters` replaces parameters of the blocks (full names, as `model.layers.3.mlp.up_proj.weight`); gradients
+        flow to them. On a GPU the matrix products run in bfloat16 under autocast, on a CPU everything is float32.
         """
         value = (self.inputs[batch] if hidden is None else hidden).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            for block, arguments in zip(self.blocks, self.arguments[batch], strict=True):
-                own = {site.local_name: weights[site.name] for site in block.sites} if weights else None
-                value = block.forward(value, arguments, own)
+        for place in range(len(self.blocks)):
+            value = self.step(place, batch, value, parameters)
         return value
+
+    def step(self, place: int, batch: int, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return what one block of the window, the one at `place`, makes of `hidden`; the rest as in `forward`."""
+        block = self.blocks[place]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return block.forward(hidden, self.arguments[batch][place], _within(block, parameters))
 
     @torch.no_grad()
     def error(
-        self, weights: dict[str, Tensor] | None = None, keep: Callable[[int, Tensor], None] | None = None
+        self, parameters: Mapping[str, Tensor] | None = None, keep: Callable[[int, Tensor], None] | None = None
     ) -> float:
         """Return the squared error of the window's output over the squared norm of the target, over all batches.
 
@@ -75,12 +94,18 @@ class Window:
         error = norm = 0.0
         for batch, stored in enumerate(self.targets):
             target = stored.to(self.device, torch.float32)
-            output = self.forward(batch, weights)
+            output = self.forward(batch, parameters)
             error += float((output.float() - target).square().sum(dtype=torch.float64))
             norm += float(target.square().sum(dtype=torch.float64))
             if keep is not None:
                 keep(batch, output)
         return error / max(norm, 1e-30)
+
+
+def _within(block: Block, parameters: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Return the entries of `parameters` that belong to `block`, by their name inside it."""
+    prefix = f"{block.name}."
+    return {name.removeprefix(prefix): v for name, v in (parameters or {}).items() if name.startswith(prefix)}
 
 
 class Pass(Protocol):
@@ -89,14 +114,20 @@ class Pass(Protocol):
     Attributes:
         phase: where it may stand in a recipe.
         learns: whether it learns from calibration data, so that more data makes it better and slower.
-        updates_per_batch: forward+backward passes it makes over each batch, for the prediction of time.
     """
 
     phase: ClassVar[Phase]
     learns: ClassVar[bool]
 
     @property
-    def updates_per_batch(self) -> int: ...  # noqa: D102
+    def blocks_at_once(self) -> int:
+        """Blocks in a window; windows of more than one slide by one block."""
+        ...
+
+    @property
+    def updates_per_window(self) -> int:
+        """Forward and backward passes over one batch that it makes for each window, for the prediction of time."""
+        ...
 
     def apply(self, window: Window) -> None:
         """Do the step; afterwards the sites hold what it decided."""

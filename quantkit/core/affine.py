@@ -28,31 +28,45 @@ SMALLEST_STEP, LARGEST_STEP = (
 
 
 class _RoundToGrid(torch.autograd.Function):
-    """(clamp(round(w / h) + z) - z) h with a straight-through gradient (Bengio et al., arXiv 1308.3432).
+    """(clamp(round(w / h + v) + z) - z) h with a straight-through gradient (Bengio et al., arXiv 1308.3432).
 
     Saves its inputs alone and computes the rest again in backward, so a training step holds no copy of the weight for
-    each of the formula's steps. Inside the grid d/dw = 1 and d/dh = (q - z) - w / h; outside 0 and q - z.
+    each of the formula's steps. Inside the grid d/dw = 1, d/dv = h, d/dh = (q - z) - w / h and d/dz = 0; outside
+    0, 0, q - z and -h. The offset v is optional.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, step: Tensor, zero: Tensor, scheme: QuantScheme) -> Tensor:  # noqa: ANN401
-        ctx.save_for_backward(weight, step, zero)
+    def forward(  # noqa: PLR0913  the equation has that many symbols
+        ctx: Any,  # noqa: ANN401
+        weight: Tensor,
+        step: Tensor,
+        zero: Tensor,
+        offset: Tensor | None,
+        scheme: QuantScheme,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, step, zero, offset)
         ctx.scheme = scheme
-        codes = (weight / step).round_().add_(zero).clamp_(scheme.smallest_code, scheme.largest_code)
+        steps = weight / step
+        if offset is not None:
+            steps += offset
+        codes = steps.round_().add_(zero).clamp_(scheme.smallest_code, scheme.largest_code)
         return codes.sub_(zero).mul_(step)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         (grad,) = grads
-        weight, step, zero = ctx.saved_tensors
+        weight, step, zero, offset = ctx.saved_tensors
+        by_weight, _, by_zero, by_offset, _ = ctx.needs_input_grad
         ratio = weight / step
-        unclamped = ratio.round().add_(zero)
+        unclamped = (ratio if offset is None else ratio + offset).round_().add_(zero)
         codes = unclamped.clamp(ctx.scheme.smallest_code, ctx.scheme.largest_code)
         inside = codes == unclamped
-        grad_weight = grad * inside if ctx.needs_input_grad[0] else None
+        grad_weight = grad * inside if by_weight or by_offset else None
+        grad_offset = grad_weight * step if by_offset and grad_weight is not None else None
+        grad_zero = -(grad * step).masked_fill_(inside, 0).sum(dim=-1, keepdim=True) if by_zero else None
         slope = codes.sub_(zero).sub_(ratio.mul_(inside))
         grad_step = slope.mul_(grad).sum(dim=-1, keepdim=True)
-        return grad_weight, grad_step, None, None
+        return grad_weight if by_weight else None, grad_step, grad_zero, grad_offset, None
 
 
 def group_bounds(
@@ -81,21 +95,45 @@ def zero_code(
     return ((-low / step).detach().round() + scheme.smallest_code).clamp(scheme.smallest_code, scheme.largest_code)
 
 
-def fake_quantize(
+def stored(step: Float[Tensor, "out groups"], dtype: torch.dtype) -> Float[Tensor, "out groups"]:
+    """Return the step rounded to the dtype in which it is stored, with the gradient passed straight through."""
+    return step + (step.to(dtype).to(step.dtype) - step).detach()
+
+
+def fake_quantize(  # noqa: PLR0913  the equation has that many symbols
     weight: Float[Tensor, "out in"],
     low: Float[Tensor, "out groups"],
     high: Float[Tensor, "out groups"],
     scheme: QuantScheme,
+    *,
+    offset: Float[Tensor, "out in"] | None = None,
+    scale_dtype: torch.dtype | None = None,
+    learn_zero: bool = False,
 ) -> Float[Tensor, "out in"]:
-    """Return the quantized weight as a differentiable function of the weight and its bounds.
+    """Return the quantized weight as a differentiable function of the weight, its bounds and the offset.
 
-    The rounding passes gradients straight through, the clamp stops them outside the grid, z is a constant, and h gets
-    its gradient both from w / h and from the final product.
+    The rounding passes gradients straight through, the clamp stops them outside the grid, and h gets its gradient both
+    from w / h and from the final product. In the paper z is a constant.
+
+    Args:
+        weight: what is quantized.
+        low: lower bound of each group.
+        high: upper bound of each group.
+        scheme: the grid.
+        offset: added to w / h before rounding, in steps; None: nothing.
+        scale_dtype: h is rounded to it first, as it will be when it is stored; None: h stays as it is.
+        learn_zero: pass the gradient straight through the rounding of z too.
     """
-    step = step_size(low, high, scheme).unsqueeze(-1)
-    zero = zero_code(low, step.squeeze(-1), scheme).unsqueeze(-1)
-    grouped = weight.unflatten(1, (low.shape[1], -1))
-    return cast(Tensor, _RoundToGrid.apply(grouped, step, zero, scheme)).flatten(1)  # type: ignore[no-untyped-call]
+    step = step_size(low, high, scheme)
+    step = step if scale_dtype is None else stored(step, scale_dtype)
+    zero = zero_code(low, step, scheme)
+    if learn_zero and not scheme.symmetric:
+        exact = -low / step
+        zero = zero + exact - exact.detach()
+    groups = (low.shape[1], -1)
+    shift = None if offset is None else offset.unflatten(1, groups)
+    arguments = (weight.unflatten(1, groups), step.unsqueeze(-1), zero.unsqueeze(-1), shift, scheme)
+    return cast(Tensor, _RoundToGrid.apply(*arguments)).flatten(1)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
@@ -105,8 +143,11 @@ def quantize(
     high: Float[Tensor, "out groups"],
     scheme: QuantScheme,
     scale_dtype: torch.dtype,
+    offset: Float[Tensor, "out in"] | None = None,
 ) -> QuantizedTensor:
     """Return the codes of `weight` between the bounds, for scales already rounded to `scale_dtype`.
+
+    `offset` is added to w / h before rounding, in steps.
 
     Rounding the scale first and the codes second means that what is stored is the best code for the scale that is
     stored, and that nothing is rounded again at export.
@@ -115,7 +156,10 @@ def quantize(
     step = scale.to(weight.dtype)
     zero = zero_code(low, step, scheme)
     grouped = weight.unflatten(1, (low.shape[1], -1))
-    codes = (grouped / step.unsqueeze(-1)).round() + zero.unsqueeze(-1)
+    steps = grouped / step.unsqueeze(-1)
+    if offset is not None:
+        steps += offset.unflatten(1, (low.shape[1], -1))
+    codes = steps.round() + zero.unsqueeze(-1)
     return QuantizedTensor(
         codes=_to_int8(codes.flatten(1).clamp(scheme.smallest_code, scheme.largest_code)),
         scale=scale,

@@ -33,6 +33,7 @@ class Site:
         scheme: what the weight becomes.
         scale_dtype: dtype in which scales are stored.
         quantized: the result, None until a rounding pass ran.
+        learned: what a pass keeps for the next window that holds the site, None at first.
     """
 
     name: str
@@ -42,6 +43,12 @@ class Site:
     scheme: QuantScheme
     scale_dtype: torch.dtype
     quantized: QuantizedTensor | None = None
+    learned: Any = None
+
+    @property
+    def parameter(self) -> str:
+        """Full name of the weight."""
+        return f"{self.name}.weight"
 
     @property
     def weight(self) -> Tensor:
@@ -53,22 +60,34 @@ class Site:
 
 @dataclass(kw_only=True)
 class Block:
-    """One decoder layer: its place, its module, its quantized sites."""
+    """One decoder layer.
+
+    Attributes:
+        index: its place.
+        name: its module name, for example `model.layers.3`.
+        module: the layer, its weights in float32.
+        sites: its quantized linears.
+        dtypes: name inside the block → dtype of the stored parameter.
+        changed: names inside the block of parameters besides the sites' weights that a pass gave other values; they are
+            written with these values, which therefore must be exact in the stored dtype.
+    """
 
     index: int
+    name: str
     module: nn.Module
     sites: Sequence[Site]
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
 
-    def forward(self, hidden: Tensor, arguments: Arguments, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, arguments: Arguments, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the block's output hidden states, (batch, tokens, width).
 
-        `weights` replaces the weights of the named linears (local names) for this call; gradients flow to
-        them.
+        `parameters` replaces parameters of the block (names inside the block, as `mlp.up_proj.weight`) for this call;
+        gradients flow to them.
         """
         inputs = (hidden, *arguments.args)
-        if weights:
-            replaced = {f"{name}.weight": weight for name, weight in weights.items()}
-            output = functional_call(self.module, replaced, inputs, dict(arguments.kwargs))
+        if parameters:
+            output = functional_call(self.module, dict(parameters), inputs, dict(arguments.kwargs))
         else:
             output = self.module(*inputs, **arguments.kwargs)
         hidden_after: Tensor = output[0] if isinstance(output, tuple) else output

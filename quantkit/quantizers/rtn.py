@@ -21,7 +21,12 @@ class RoundToNearest:
         return cls()
 
     @property
-    def updates_per_batch(self) -> int:
+    def blocks_at_once(self) -> int:
+        """One: every block alone."""
+        return 1
+
+    @property
+    def updates_per_window(self) -> int:
         """It makes no updates."""
         return 0
 

@@ -1,64 +1,130 @@
-"""The one training loop: minimise a loss over batches, epoch after epoch, at constant learning rates."""
+"""The one training loop: minimise a loss over batches, update after update.
+
+Its length is stated in updates, not in epochs, so that it means the same for every batch size; the learning rates grow with
+the square root of the batch (Hoffer et al., arXiv 1705.08741, section 4), which the caller applies.
+"""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Schedule = Literal["constant", "linear", "cosine"]
+ADAM = (0.9, 0.999)
+SIGN = (0.0, 0.0)  # AdamW without memory moves every parameter by its learning rate: sign descent
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterGroup:
-    """Parameters that share a learning rate."""
+    """Parameters that share a learning rate.
+
+    Attributes:
+        parameters: what is trained.
+        lr: learning rate at the start.
+        weight_decay: AdamW's.
+        betas: AdamW's averages; `SIGN` makes it sign descent.
+        limit: parameters are kept within [-limit, limit] after every update; None: anywhere.
+    """
 
     parameters: Sequence[torch.nn.Parameter]
     lr: float
     weight_decay: float = 0.0
+    betas: tuple[float, float] = ADAM
+    limit: float | None = None
 
 
 @dataclass
 class FitResult:
-    """What a fit did: the mean loss of every finished epoch, and whether it met a loss that is not finite."""
+    """What a fit did: the mean loss of every finished pass over the batches, and whether a loss was not finite."""
 
     losses: list[float] = field(default_factory=list)
     diverged: bool = False
 
 
-def fit(
+def fit(  # noqa: PLR0913  everything beyond the first two is the loop's shape
     groups: Sequence[ParameterGroup],
     loss: Callable[[int], Tensor],
     *,
     batches: int,
-    epochs: int,
+    updates: int,
     tick: Callable[[float], None],
+    schedule: Schedule = "constant",
+    generator: torch.Generator | None = None,
 ) -> FitResult:
-    """Minimise `loss(batch)` with AdamW, batches in order, one update each.
+    """Minimise `loss(batch)` with AdamW, one update per batch, pass after pass over the batches.
 
-    Stops at the first loss that is not finite, before it can reach the parameters.
+    Stops at the first loss that is not finite, before it can reach the parameters; they then get back the values with
+    which the best pass so far ended, or those of the start.
 
     Args:
         groups: what is trained.
         loss: batch number → scalar loss that depends on the parameters.
-        batches: number of batches in an epoch.
-        epochs: number of epochs; an update is made `epochs * batches` times.
+        batches: number of batches.
+        updates: number of updates.
         tick: told after every update which share of all updates is done.
+        schedule: what becomes of the learning rates: constant, or down to 0 linearly or along half a cosine.
+        generator: shuffles the batches of each pass; None: they come in order.
     """
     optimizer = torch.optim.AdamW(
-        [{"params": list(group.parameters), "lr": group.lr, "weight_decay": group.weight_decay} for group in groups]
+        [{"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "betas": g.betas} for g in groups]
     )
-    result = FitResult()
-    for epoch in range(epochs):
-        total = 0.0
-        for batch in range(batches):
-            value = loss(batch)
-            total += float(value.detach())
-            if not math.isfinite(total):
-                result.diverged = True
-                return result
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            optimizer.step()
-            tick((epoch * batches + batch + 1) / (epochs * batches))
-        result.losses.append(total / batches)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _share_of_lr(schedule, done / max(1, updates)))
+    result, best = FitResult(), _Best(groups)
+    order: list[int] = []
+    total = 0.0
+    for update in range(updates):
+        if not order:
+            order = torch.randperm(batches, generator=generator).tolist() if generator else list(range(batches))
+        value = loss(order.pop(0))
+        total += float(value.detach())
+        if not math.isfinite(total):
+            result.diverged = True
+            best.restore()
+            return result
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        optimizer.step()
+        decay.step()
+        _keep_within_limits(groups)
+        tick((update + 1) / updates)
+        if not order:
+            result.losses.append(total / batches)
+            best.offer(total)
+            total = 0.0
     return result
+
+
+class _Best:
+    """The parameters' values after the pass with the smallest loss, at first those of the start."""
+
+    def __init__(self, groups: Sequence[ParameterGroup]) -> None:
+        self.parameters = [parameter for group in groups for parameter in group.parameters]
+        self.loss = math.inf
+        self.values = [parameter.detach().clone() for parameter in self.parameters]
+
+    def offer(self, loss: float) -> None:
+        if loss < self.loss:
+            self.loss = loss
+            for value, parameter in zip(self.values, self.parameters, strict=True):
+                value.copy_(parameter.detach())
+
+    def restore(self) -> None:
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            parameter.data.copy_(value)
+
+
+def _share_of_lr(schedule: Schedule, done: float) -> float:
+    if schedule == "linear":
+        return 1 - done
+    return 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1.0
+
+
+@torch.no_grad()
+def _keep_within_limits(groups: Sequence[ParameterGroup]) -> None:
+    for group in groups:
+        if group.limit is not None:
+            for parameter in group.parameters:
+                parameter.clamp_(-group.limit, group.limit)
