@@ -155,7 +155,7 @@ class _Sink:
             self.replaced.add(stored)
             prefix = stored.removesuffix("weight")
             scale = "BF16" if site.scale_dtype == torch.bfloat16 else "F16"
-            rows, columns = site.weight.shape
+            rows, columns = site.quantized.codes.shape
             for end, entry in exporter.layout((rows, columns), site.scheme, scale).items():
                 self.written[prefix + end] = entry
             for end, tensor in exporter.encode(site.quantized).items():

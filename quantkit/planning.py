@@ -194,7 +194,7 @@ def _updates_per_block(blocks: int, passes: Iterable[Pass]) -> float:
     """Return the updates that each block takes part in, on average: windows of several blocks overlap."""
     total = 0
     for step in passes:
-        span = min(blocks, step.blocks_at_once)
+        span = min(blocks, step.blocks_at_once or blocks)
         total += step.updates_per_window * span * (blocks - span + 1)
     return total / blocks
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.passes import Pass, Window
-from quantkit.calibrate.record import Recording, finish, record
+from quantkit.calibrate.record import Recording, finish, make_head, record
 from quantkit.core.affine import round_to_nearest
 from quantkit.core.scheme import QuantScheme
 from quantkit.model.block import Block, Site
@@ -103,17 +103,39 @@ class Engine:
             recording = record(self.skeleton, batches, self.device)
         actual = [hidden.to(self.storage) for hidden in recording.hidden]
         recording.hidden.clear()  # the streams move on; what they were need not stay in memory
+        whole = [step for step in self.passes if not step.blocks_at_once]
+        start = list(actual) if whole else []
         walk = _Walk(self, recording, actual, listener)
-        reports = []
+        reports, finished = [], []
         for index in range(len(self.skeleton.blocks)):
             block, report = walk.advance(index)
             reports.append(report)
-            emit(block)
+            if whole:
+                _drop_dense(block)
+                finished.append(block)
+            else:
+                emit(block)
             del block
             release_freed()
             listener.block(report)
             listener.progress(index + 1, len(self.skeleton.blocks))
+        if whole:
+            window = walk.whole(finished, start)
+            self._apply_to_whole(whole, window, batches)
+            for batch in range(len(actual)):
+                actual[batch] = window.forward(batch, dense(window.sites)).to(self.storage)
+            for block in finished:
+                emit(block)
         return reports, self._check_sample(batches, actual)
+
+    def _apply_to_whole(self, passes: Sequence[Pass], window: Window, batches: Sequence[Tensor]) -> None:
+        """Apply the passes that need the model from end to end."""
+        with self.skeleton.outer_weights(self.checkpoint, torch.float32, self.device):
+            head = make_head(self.skeleton, self.device)
+            window.head = lambda batch, row, hidden: head(batches[batch][row : row + 1], hidden)
+            for step in passes:
+                step.apply(window)
+        window.head = None
 
     def load(self, index: int) -> Block:
         """Return block `index` with its weights in float32 and its sites."""
@@ -163,7 +185,8 @@ class _Walk:
         self.references: list[list[Tensor]] = []
         self.last = list(actual)  # the reference stream after the last block that was loaded; both begin as one
         self.total = len(engine.skeleton.blocks)
-        self.span = min(self.total, max(step.blocks_at_once for step in engine.passes))
+        self.passes = [step for step in engine.passes if step.blocks_at_once]
+        self.span = min(self.total, max(step.blocks_at_once for step in self.passes))
 
     def advance(self, index: int) -> tuple[Block, BlockReport]:
         """Finish block `index`, the first of the window, and let the window slide behind it."""
@@ -189,9 +212,22 @@ class _Walk:
         """Apply the passes to the window; `error_rtn` is that of its first block."""
         window = self._window(index, count=len(self.blocks), fresh=fresh)
         window.error_rtn = error_rtn if self.span == 1 else window.error(rounded_to_nearest(window.sites))
-        for step in self.engine.passes:
+        for step in self.passes:
             step.apply(window)
         return window.notes
+
+    def whole(self, blocks: Sequence[Block], start: Sequence[Tensor]) -> Window:
+        """Return a window of all blocks, which are finished; `start` is the stream before the first."""
+        return Window(
+            blocks=blocks,
+            inputs=start,
+            references=[*([] for _ in blocks[1:]), self.last],
+            arguments=self.recording.arguments,
+            device=self.engine.device,
+            fresh=0,
+            seed=self.engine.seed,
+            tick=lambda share: self.listener.progress(self.total * share, self.total),
+        )
 
     @torch.no_grad()
     def _take_in(self, index: int) -> None:
@@ -216,6 +252,18 @@ class _Walk:
             seed=self.engine.seed,
             tick=lambda share: self.listener.progress(index + share, self.total),
         )
+
+
+def _drop_dense(block: Block) -> None:
+    """Free the dense weights of a finished block: its codes say the same."""
+    for site in block.sites:
+        site.learned = None
+        site.weight.data = torch.empty(0, device=site.weight.device)
+
+
+def dense(sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Return the weights that the sites' codes stand for, by full parameter name, in float32."""
+    return {site.parameter: site.quantized.dequantize().float() for site in sites if site.quantized is not None}
 
 
 def rounded_to_nearest(sites: Sequence[Site]) -> dict[str, Tensor]:

@@ -39,6 +39,9 @@ class Window:
         fresh: how many blocks at the end of the window were not in the one before.
         error_rtn: the window's error with plain round-to-nearest weights, the bar for every method.
         seed: seed of everything random.
+        amp: compute matrix products in bfloat16 on a CPU too, as a pass may want while it trains.
+        head: for a window of the whole model (batch, row, hidden (1, tokens, width)) → logits (1, tokens, vocabulary)
+            float32 of the row's sequence; gradients flow to `hidden`.
         notes: what a pass wants to see in the report, one value per name.
         tick: to be called after every update, with the share of the pass that is done.
     """
@@ -51,6 +54,8 @@ class Window:
     fresh: int = 1
     error_rtn: float = 0.0
     seed: int = 0
+    amp: bool = False
+    head: Callable[[int, int, Tensor], Tensor] | None = None
     notes: dict[str, object] = field(default_factory=dict)
     tick: Callable[[float], None] = lambda share: None  # noqa: ARG005
 
@@ -80,7 +85,7 @@ class Window:
     def step(self, place: int, batch: int, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return what one block of the window, the one at `place`, makes of `hidden`; the rest as in `forward`."""
         block = self.blocks[place]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp or self.device.type == "cuda"):
             return block.forward(hidden, self.arguments[batch][place], _within(block, parameters))
 
     @torch.no_grad()
@@ -121,7 +126,7 @@ class Pass(Protocol):
 
     @property
     def blocks_at_once(self) -> int:
-        """Blocks in a window; windows of more than one slide by one block."""
+        """Blocks in a window; windows of more than one slide by one block. 0: the whole model, after the walk."""
         ...
 
     @property

@@ -71,16 +71,29 @@ class _Chain:
         return hidden
 
 
+def make_head(skeleton: Skeleton, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the part of the model after its blocks, for as long as the outer weights are loaded.
+
+    It takes tokens (batch, tokens) and what the last block made of them, (batch, tokens, width), and returns the logits
+    (batch, tokens, vocabulary) in float32. Gradients flow.
+    """
+    returns_tuple = _blocks_return_tuple(skeleton, device)
+
+    def head(tokens: Tensor, hidden: Tensor) -> Tensor:
+        with _observed(skeleton.blocks, lambda *_: hidden, returns_tuple=returns_tuple):
+            logits: Tensor = skeleton.model(input_ids=tokens.to(hidden.device), use_cache=False).logits
+        return logits.float()
+
+    return head
+
+
 @torch.no_grad()
 def finish(skeleton: Skeleton, tokens: Tensor, hidden: Tensor) -> Tensor:
     """Return the logits (batch, tokens, vocabulary) in float32.
 
     `hidden`, (batch, tokens, width), is what the last block returned for `tokens`.
     """
-    returns_tuple = _blocks_return_tuple(skeleton, hidden.device)
-    with _observed(skeleton.blocks, lambda *_: hidden, returns_tuple=returns_tuple):
-        logits: Tensor = skeleton.model(input_ids=tokens.to(hidden.device), use_cache=False).logits
-    return logits.float()
+    return make_head(skeleton, hidden.device)(tokens, hidden)
 
 
 @contextmanager

@@ -59,6 +59,7 @@ class OmniQuant:
     window: int = 1
     schedule: str = "constant"
     intermediate: bool = False
+    amp: bool = False
 
     @classmethod
     def for_scheme(cls, scheme: QuantScheme) -> "OmniQuant":
@@ -92,6 +93,7 @@ class OmniQuant:
             losses += [(value.float() - target.to(value)).square().mean() for target in extra[batch : batch + 1]]
             return torch.stack(losses).sum()
 
+        window.amp = self.amp
         result = fit(
             self._groups(quantizers, math.sqrt(len(window.inputs[0]))),
             loss,
@@ -101,6 +103,7 @@ class OmniQuant:
             schedule=self.schedule,
             generator=torch.Generator().manual_seed(window.seed) if self.schedule != "constant" else None,
         )
+        window.amp = False
         learned = {site.name: quantizers[site.parameter].quantize(site.weight) for site in window.sites}
         reason = self._reason_to_fall_back(window, learned, diverged=result.diverged)
         if reason:
@@ -108,6 +111,7 @@ class OmniQuant:
         for site in window.sites:
             plain = reason and round_to_nearest(site.weight, site.scheme, site.scale_dtype)
             site.quantized = plain or learned[site.name]
+            site.latent = None if plain else quantizers[site.parameter].latent(site.weight, site.quantized)
 
     def _quantizer(self, site):
         if site.learned is None:

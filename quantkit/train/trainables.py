@@ -63,3 +63,15 @@ class WeightQuantizer(nn.Module):
         """Return the weight quantized with what was learned."""
         self.low, self.high = group_bounds(weight, self.scheme)
         return quantize(weight, *self.bounds(weight), self.scheme, self.scale_dtype, self.offset)
+
+    @torch.no_grad()
+    def latent(self, weight: Float[Tensor, "out in"], quantized: QuantizedTensor) -> Float[Tensor, "out in"] | None:
+        """Return the codes of `quantized`, which `quantize` made, as they were before rounding; None without offset."""
+        if self.offset is None:
+            return None
+        groups = (quantized.scale.shape[1], -1)
+        steps = weight.unflatten(1, groups) / quantized.scale.float().unsqueeze(-1)
+        steps += self.offset.unflatten(1, groups)
+        if quantized.zero_point is not None:
+            steps += quantized.zero_point.unsqueeze(-1)
+        return steps.flatten(1)
