@@ -6,9 +6,9 @@ import torch
 from quantkit.core.hadamard import hadamard, random_hadamard
 from quantkit.errors import UsageError
 
-PALEY_I = (4, 12, 20, 24, 28, 44, 60, 84, 108, 140, 344)  # q = 27 and 343 are powers of primes
+PALEY_I = (12, 20, 28, 44, 60, 84, 108, 140, 344)  # q = 27 and 343 are powers of primes
 PALEY_II = (36, 52, 76, 100, 148)  # q = 25 and 49 are powers of primes
-OF_MODELS = (64, 288, 576, 640, 896, 960, 1152, 1536, 2304, 3072)
+OF_MODELS = (4, 24, 64, 288, 576, 640, 896, 960, 1152, 1536, 2304, 3072)
 
 
 def is_hadamard(matrix):
