@@ -40,8 +40,9 @@ def make_recipe(
         model: a directory, a Hub id or an alias.
         method: name of the method.
         options: hyper-parameters of the method.
-        fields: `wbits`, `group_size` (None: one scale per row), `symmetric`; `ignore` (globs); `calibration` (a name or
-            a file), `samples`, `seqlen`, `batch_size`, `allow_short`; `seed`, `revision`.
+        fields: `wbits`, `group_size` (None: one scale per row), `symmetric`; `ignore` (globs); `calibration` (a name,
+            a file, or `self`: text that the model writes), `samples`, `seqlen`, `batch_size`, `allow_short`; `seed`,
+            `revision`.
 
     Raises:
         UsageError: a value that is out of range, an unknown method, field or hyper-parameter.
@@ -110,7 +111,7 @@ def evaluate(  # noqa: PLR0913
 
     Args:
         model: a directory, a Hub id or an alias; quantized or not.
-        text: a calibration name, or a .txt (one stream), .jsonl or .parquet (documents) file.
+        text: a calibration name, or a file: .jsonl and .parquet hold documents, any other is one stream.
         seqlen: tokens per window.
         windows: use only the first ones; None: all.
         bos: put the tokenizer's BOS before every window.

@@ -17,9 +17,10 @@ def rows(kind: str) -> list[dict[str, str]]:
             {"format": name, "what it is": methods.summary("exporters", name)} for name in methods.names("exporters")
         ]
     if kind == "calibrations":
-        from quantkit.calibrate.text import mixes
+        from quantkit.calibrate.text import SELF, SELF_DESCRIPTION, mixes
 
-        return [{"text": mix.name, "what it is": mix.description} for mix in mixes().values()]
+        described = {mix.name: mix.description for mix in mixes().values()} | {SELF: SELF_DESCRIPTION}
+        return [{"text": name, "what it is": description} for name, description in described.items()]
     from quantkit.model.names import aliases
 
     return [

@@ -59,7 +59,8 @@ def quantize(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text to learn from: a name (`quantkit list calibrations`), or a .txt, .jsonl, .parquet or .toml file."
+            help="Text to learn from: a name (`quantkit list calibrations`; self: written by the model), a .jsonl,"
+            " .parquet or .toml file, or any other file as plain text."
             " (default: default; embedded for methods that do not learn)"
         ),
     ] = None,
@@ -181,7 +182,7 @@ def evaluate(
     model: Model,
     text: Annotated[
         str,
-        typer.Option(help="A calibration name (quantkit list calibrations) or a .txt, .jsonl or .parquet file."),
+        typer.Option(help="A calibration name (quantkit list calibrations) or a text, .jsonl or .parquet file."),
     ] = "wikitext2-test",
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
     windows: Annotated[int | None, typer.Option(help="Use only the first N windows. (default: all)")] = None,
@@ -194,8 +195,8 @@ def evaluate(
 ) -> None:
     """Print the perplexity of a model, quantized or not, by the field's protocol.
 
-    One stream of text, windows that do not overlap, the last partial one dropped, loss in float32. A .txt is one
-    stream as it is; in a .jsonl every document starts with the tokenizer's BOS where it has one.
+    One stream of text, windows that do not overlap, the last partial one dropped, loss in float32. A text file is
+    one stream as it is; in a .jsonl every document starts with the tokenizer's BOS where it has one.
     """
     with _errors(as_json):
         from quantkit import api

@@ -5,6 +5,7 @@ later the two streams, one block in float32, its rounded copies, and what one tr
 were measured with `scripts/bench/memory.py`; report.json puts every prediction beside what happened.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ COPIES_ROUNDED = 2.0  # float32 copies, codes and temporaries of a block that is
 COPIES_TRAINED = 1.5  # fake-quantized weights and their gradients during an update
 SWEEPS_PER_UPDATE = 14  # elementwise operations on a block's weights in one update, forward and backward
 CALLS_PER_UPDATE = 130  # operations of any size that an update makes for each linear; they decide for small models
+SWEEPS_PER_DRAW = 10  # elementwise operations on the logits when a token is drawn, some of them in float64
+CALLS_PER_STEP = 20  # operations for each linear while the model writes one token of a text
 OVERHEAD = 1.3  # everything else
 
 
@@ -41,6 +44,8 @@ class Workload:
         streams: copies of the hidden states that are kept.
         updates: training updates, over one batch each, that a block takes part in; 0: nothing is learned.
         device: where blocks are computed.
+        at_once: sequences that the model writes side by side to be calibrated on; 0: it writes none.
+        cache: numbers in the keys and values of one such sequence.
     """
 
     blocks: int
@@ -57,11 +62,18 @@ class Workload:
     streams: int
     updates: float
     device: torch.device
+    at_once: int = 0
+    cache: int = 0
 
     @property
     def on_gpu(self) -> bool:
         """Whether the blocks are computed on a GPU."""
         return self.device.type == "cuda"
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the model, as if every block were as large as the largest."""
+        return self.blocks * self.block_parameters + self.outer_parameters
 
 
 def host_memory(work: Workload) -> int:
@@ -70,23 +82,47 @@ def host_memory(work: Workload) -> int:
     written = 2 * work.block_parameters * work.stored_bytes  # a shard, and the bytes that safetensors makes of it
     logits = 2 * 4 * CHECK_SEQUENCES * CHECK_TOKENS * work.vocabulary
     outside = _outer(work) + logits
-    return int(base + _streams(work) + written + (outside if work.on_gpu else max(outside, _block(work))))
+    walk = _streams(work) + written + (outside if work.on_gpu else max(outside, _block(work)))
+    loaded = work.parameters * work.stored_bytes if work.on_gpu else writing_memory(work)
+    return int(base + max(walk, loaded if work.at_once else 0))
 
 
 def device_memory(work: Workload) -> int:
     """Return the predicted peak of GPU memory in bytes, 0 for a run on the CPU."""
-    return int(_streams(work) + max(_outer(work), _block(work))) if work.on_gpu else 0
+    if not work.on_gpu:
+        return 0
+    return int(max(_streams(work) + max(_outer(work), _block(work)), writing_memory(work)))
+
+
+def writing_memory(work: Workload) -> int:
+    """Return the memory in bytes that the whole model takes while it writes its text, 0 if it writes none."""
+    if not work.at_once:
+        return 0
+    size = work.stored_bytes if work.on_gpu else 4
+    return work.parameters * size + work.at_once * (size * work.cache + 2 * 8 * work.vocabulary)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free where blocks are computed."""
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
 def duration(work: Workload) -> float:
-    """Return the predicted seconds of the walk over the blocks."""
+    """Return the predicted seconds of the walk over the blocks, and of writing the text if the model does."""
     rate, sweep, call = machine_speed(work.device)
     forward = 2 * work.block_parameters * work.samples * work.seqlen / rate
     forwards = 4 if work.updates else 3  # reference, rounded to nearest, (learned,) kept
     batches = work.samples / work.batch_size
     update = SWEEPS_PER_UPDATE * work.block_parameters * sweep + CALLS_PER_UPDATE * work.block_linears * call
     training = work.updates * (3 * forward / batches + update)
-    return work.blocks * (forwards * forward + training) * OVERHEAD
+    walk = work.blocks * (forwards * forward + training)
+    if not work.at_once:
+        return walk * OVERHEAD
+    touched = work.parameters + SWEEPS_PER_DRAW * work.at_once * work.vocabulary
+    step = touched * sweep + CALLS_PER_STEP * work.blocks * work.block_linears * call
+    steps = math.ceil(work.samples / work.at_once) * work.seqlen
+    writing = 2 * work.parameters * work.samples * work.seqlen / rate + steps * step
+    return (walk + writing) * OVERHEAD
 
 
 def machine_speed(device: torch.device) -> tuple[float, float, float]:

@@ -86,6 +86,7 @@ class QuantizeProgress:
 
     def __init__(self, recipe: "Recipe", *, quiet: bool) -> None:
         self.recipe = recipe
+        self.counts_tokens = False
         self.quiet = quiet or not (sys.stdout.isatty() and sys.stderr.isatty())
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
@@ -117,11 +118,14 @@ class QuantizeProgress:
 
     def stage(self, name: str) -> None:
         """Name what is being done."""
+        self.counts_tokens = name == "writing text"
         self.bar.reset(self.task, description=name, total=None, count="")
 
     def progress(self, done: float, total: int) -> None:
         """Move the bar."""
-        self.bar.update(self.task, completed=done, total=total, count=f"block {min(int(done) + 1, total)} of {total}")
+        blocks = f"block {min(int(done) + 1, total)} of {total}"
+        count = f"token {int(done):,} of {total:,}" if self.counts_tokens else blocks
+        self.bar.update(self.task, completed=done, total=total, count=count)
 
     def block(self, report: "BlockReport") -> None:
         """Show one block's error before and after."""

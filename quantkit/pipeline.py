@@ -16,8 +16,11 @@ from torch import Tensor
 
 from quantkit.calibrate.data import calibration_tokens, load_tokenizer
 from quantkit.calibrate.engine import BlockReport, CheckSample, Engine, Listener
-from quantkit.calibrate.text import read_text
+from quantkit.calibrate.memory import release_freed
+from quantkit.calibrate.self_text import sample_tokens
+from quantkit.calibrate.text import SELF, read_text
 from quantkit.errors import DataError, OutputError
+from quantkit.evaluation.loading import load_model
 from quantkit.evaluation.manifest import CHECK, RECIPE, REPORT, check_document, tensor_manifest
 from quantkit.exporters.compressed_tensors import CompressedTensors
 from quantkit.model import names
@@ -27,7 +30,7 @@ from quantkit.model.device import pick_device
 from quantkit.model.names import Source
 from quantkit.model.skeleton import Skeleton
 from quantkit.model.writer import Writer, refuse_existing, refuse_full_disk
-from quantkit.planning import Plan, make_plan
+from quantkit.planning import Plan, make_plan, writing_batch
 from quantkit.recipe import Recipe
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -39,7 +42,11 @@ class Progress(Listener, Protocol):
     """Who wants to follow a run."""
 
     def stage(self, name: str) -> None:
-        """A stage begins: 'reading text', 'downloading', 'verifying weights', 'calibrating', 'writing'."""
+        """A stage begins.
+
+        'reading text' or 'writing text', 'downloading' or 'opening weights', 'verifying weights', 'calibrating',
+        'writing'.
+        """
 
     def planned(self, plan: Plan) -> None:
         """The plan stands; nothing has been computed yet."""
@@ -102,8 +109,7 @@ def execute(
     _refuse_source(output, prepared.source.path)
     refuse_full_disk(output, prepared.plan.output_bytes)
     progress.planned(prepared.plan)
-    progress.stage("reading text")
-    tokens = _tokens(prepared)
+    tokens = _tokens(prepared, progress)
     progress.stage("downloading" if prepared.source.id else "opening weights")
     source = names.resolve(prepared.recipe.model, revision=prepared.recipe.revision)
     checkpoint = Checkpoint(source.path)
@@ -191,9 +197,12 @@ def _tied_duplicate(skeleton: Skeleton, checkpoint: Checkpoint) -> str | None:
     return stored[0] if torch.equal(*pair) else None
 
 
-def _tokens(prepared: Prepared) -> Tensor:
+def _tokens(prepared: Prepared, progress: Progress) -> Tensor:
     """Return the calibration tokens, as many as asked for unless fewer are allowed."""
     wanted, seqlen = prepared.recipe.calibration, prepared.plan.seqlen
+    if wanted.text == SELF:
+        return _own_text(prepared, progress)
+    progress.stage("reading text")
     tokenizer = load_tokenizer(prepared.source.path)
     tokens = calibration_tokens(
         read_text(wanted.text), tokenizer, samples=wanted.samples, seqlen=seqlen, seed=prepared.recipe.seed
@@ -209,6 +218,25 @@ def _tokens(prepared: Prepared) -> Tensor:
         raise DataError(
             f"the tokenizer gives token {int(tokens.max())} but the model's vocabulary ends at {vocabulary - 1}"
         )
+    return tokens
+
+
+def _own_text(prepared: Prepared, progress: Progress) -> Tensor:
+    """Return calibration tokens that the model writes; the whole model is in memory meanwhile."""
+    recipe, plan = prepared.recipe, prepared.plan
+    progress.stage("writing text")
+    model, tokenizer = load_model(recipe.model, revision=recipe.revision, device=str(plan.device))
+    tokens = sample_tokens(
+        model,
+        tokenizer,
+        samples=recipe.calibration.samples,
+        seqlen=plan.seqlen,
+        seed=recipe.seed,
+        at_once=writing_batch(prepared.skeleton, plan.seqlen),
+        progress=progress.progress,
+    )
+    del model
+    release_freed()
     return tokens
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from quantkit import costs
 from quantkit.calibrate.passes import Pass
+from quantkit.calibrate.self_text import cache_elements, sequences_at_once
+from quantkit.calibrate.text import SELF
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
 from quantkit.exporters.compressed_tensors import CompressedTensors
@@ -82,12 +84,13 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
 
     Raises:
         UsageError: a group size that does not divide a width, a glob that matches nothing, nothing left to quantize, a
-            sequence longer than the model's context.
+            sequence longer than the model's context, a model that shall write its own text and is too large for that.
     """
     linears = _block_linears(skeleton)
     schemes = _assign_schemes(linears, recipe)
     shapes = {name: _shape(linears[name]) for name in schemes}
     work = _workload(skeleton, recipe, device)
+    _refuse_too_large_to_write(work)
     parameters = _count(skeleton.model.parameters())
     return Plan(
         model_type=skeleton.config.model_type,
@@ -171,6 +174,7 @@ def _notes(skeleton: Skeleton, schemes: Mapping[str, QuantScheme]) -> Iterator[s
 def _workload(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> costs.Workload:
     passes = recipe.build_passes().values()
     text_config = skeleton.config.get_text_config()
+    seqlen, writes = _sequence_length(skeleton, recipe), recipe.calibration.text == SELF
     dtype = skeleton.config.dtype
     return costs.Workload(
         blocks=len(skeleton.blocks),
@@ -182,11 +186,13 @@ def _workload(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> costs
         vocabulary=text_config.vocab_size,
         stored_bytes=dtype.itemsize if isinstance(dtype, torch.dtype) else torch.float32.itemsize,
         samples=recipe.calibration.samples,
-        seqlen=_sequence_length(skeleton, recipe),
+        seqlen=seqlen,
         batch_size=recipe.calibration.batch_size,
         streams=2 + any(getattr(step, "aug_loss", False) for step in passes),
         updates=_updates_per_block(len(skeleton.blocks), passes),
         device=device,
+        at_once=min(recipe.calibration.samples, writing_batch(skeleton, seqlen)) if writes else 0,
+        cache=cache_elements(skeleton.config, seqlen) if writes else 0,
     )
 
 
@@ -197,6 +203,20 @@ def _updates_per_block(blocks: int, passes: Iterable[Pass]) -> float:
         span = min(blocks, step.blocks_at_once or blocks)
         total += step.updates_per_window * span * (blocks - span + 1)
     return total / blocks
+
+
+def writing_batch(skeleton: Skeleton, seqlen: int) -> int:
+    """Return how many sequences the model writes side by side where it writes its own calibration text."""
+    return sequences_at_once(_count(skeleton.model.parameters()), skeleton.config, seqlen)
+
+
+def _refuse_too_large_to_write(work: costs.Workload) -> None:
+    needed, free = costs.writing_memory(work), costs.free_memory(work.device)
+    if needed > free:
+        raise UsageError(
+            f"--calibration self needs the whole model in memory, {needed / 1e9:.1f} GB on {work.device} where "
+            f"{free / 1e9:.1f} GB are free; use --calibration embedded or a text file, or a smaller --seqlen"
+        )
 
 
 def _sequence_length(skeleton: Skeleton, recipe: Recipe) -> int:

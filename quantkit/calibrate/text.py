@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 from quantkit.errors import DataError, NetworkError, UsageError, nearest
 from quantkit.resources import data_dir
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+SELF = "self"  # the name of text that is not read but written by the model, see self_text.py
+SELF_DESCRIPTION = "text that the model itself writes, token by token; for models that fit into memory; works offline"
 MOST_DOCUMENTS = 20_000  # read from one Hub source: far more than any calibration needs, far less than C4
-WAYS_OUT = "use --calibration embedded, a local .txt, .jsonl or .parquet file, or set HF_ENDPOINT to a mirror"
+WAYS_OUT = "use --calibration embedded or self, a local text, .jsonl or .parquet file, or set HF_ENDPOINT to a mirror"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,23 +129,25 @@ def read_text(name: str) -> list[Corpus]:
     """Return the text that `name` stands for: a mix of quantkit, a mix file (.toml), or a text file.
 
     Raises:
-        UsageError: neither a known mix nor an existing file of a known kind.
+        UsageError: neither a known mix nor an existing file.
         DataError, NetworkError: the text cannot be read.
     """
     path = Path(name)
-    if path.suffix in SUFFIXES:
-        return [read_file(path)]
     if path.suffix == ".toml":
         return [source.read() for source in Mix.load(path).sources]
     known = mixes()
-    if name not in known:
-        hint = f"; a file must end in {', '.join(SUFFIXES)}" if path.suffix or path.exists() else ""
-        raise UsageError(f"unknown text {name!r}{nearest(name, known)}{hint}")
-    return [source.read() for source in known[name].sources]
+    if name in known:
+        return [source.read() for source in known[name].sources]
+    if path.is_file() or path.suffix in (".txt", ".jsonl", ".parquet"):
+        return [read_file(path)]
+    if name == SELF:
+        raise UsageError("'self' is text that a model writes for --calibration; to judge a model on, give another")
+    hint = " and there is no such file" if path.suffix or path.name != name else ""
+    raise UsageError(f"unknown text {name!r}{nearest(name, [*known, SELF])}{hint}")
 
 
 def read_file(path: Path) -> Corpus:
-    """Return the text of a file: a .txt is one stream, a .jsonl or .parquet has one document in each row's `text`.
+    """Return the text of a file: a .jsonl or .parquet has one document in each row's `text`, any other is one stream.
 
     Raises:
         DataError: missing, empty, not UTF-8, or a row without a text.
@@ -152,14 +155,12 @@ def read_file(path: Path) -> Corpus:
     if not path.is_file():
         raise DataError(f"there is no text file {path}")
     try:
-        if path.suffix == ".txt":
-            corpus = Corpus(documents=(path.read_text(encoding="utf-8-sig"),), stream=True)
-        elif path.suffix == ".jsonl":
+        if path.suffix == ".jsonl":
             corpus = Corpus(documents=tuple(_json_lines(path)))
         elif path.suffix == ".parquet":
             corpus = Corpus(documents=tuple(_parquet_rows(path)))
         else:
-            raise DataError(f"{path} must end in {', '.join(SUFFIXES)}")
+            corpus = Corpus(documents=(path.read_text(encoding="utf-8-sig"),), stream=True)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}; it must be UTF-8 text") from error
     if not any(document.strip() for document in corpus.documents):

@@ -36,6 +36,7 @@ class Architecture:
         blocks: module name of the list of decoder layers.
         when: values that config.json must have besides, for a family with several layouts.
         norm_offset: what the norms of `groups` add to their weight before they multiply by it.
+        writes: linears whose outputs are what a block adds to the residual stream; none where a norm follows them.
         groups: which linears share an input, and what can absorb a scale of it.
         renames: start of a checkpoint tensor name → start of the module tensor name, where they differ.
     """
@@ -45,6 +46,7 @@ class Architecture:
     blocks: str
     when: Mapping[str, Any] = field(default_factory=dict)
     norm_offset: float = 0.0
+    writes: tuple[str, ...] = ()
     groups: tuple[LinearGroup, ...] = ()
     renames: Mapping[str, str] = field(default_factory=dict)
 
@@ -59,7 +61,8 @@ class Architecture:
             facts = tomllib.loads(path.read_text(encoding="utf-8"))
             groups = tuple(_group(entry) for entry in facts.pop("groups", []))
             model_types = _names(facts.pop("model_types"))
-            return cls(name=path.stem, model_types=model_types, groups=groups, **facts)
+            writes = _names(facts.pop("writes", []))
+            return cls(name=path.stem, model_types=model_types, groups=groups, writes=writes, **facts)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is not an architecture file: {error}; see model_zoo/README.md") from error
 

@@ -108,7 +108,7 @@ def test_a_file_without_text(tmp_path, suffix, documents):
     assert str(path) in refusal(path)
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".raw"])
 def test_a_file_that_is_not_utf8(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     path.write_bytes('{"text": "café"}\n'.encode("latin-1"))
@@ -123,10 +123,30 @@ def test_a_file_that_is_not_there(tmp_path, suffix):
         read_text(str(tmp_path / f"a{suffix}"))
 
 
-def test_a_file_of_another_kind_says_which_are_read(tmp_path):
-    (tmp_path / "a.csv").write_text("text\n")
-    with pytest.raises(UsageError, match=r"unknown text .*a\.csv.*a file must end in \.txt, \.jsonl, \.parquet"):
-        read_text(str(tmp_path / "a.csv"))
+@pytest.mark.parametrize("name", ["wiki.test.raw", "wiki.tokens", "a.md", "LICENSE"])
+def test_a_file_of_any_other_name_is_one_stream(tmp_path, name):
+    (tmp_path / name).write_text(" = Title = \n one <unk> two\n")
+    (corpus,) = read_text(str(tmp_path / name))
+    assert (corpus.documents, corpus.stream) == ((" = Title = \n one <unk> two\n",), True)
+
+
+@pytest.mark.parametrize("name", ["wiki.raw", "texts/wiki", "texts"])
+def test_what_is_neither_a_name_nor_a_file(tmp_path, name):
+    (tmp_path / "texts").mkdir()
+    with pytest.raises(UsageError, match=r"^unknown text '.*' \(.*\) and there is no such file$"):
+        read_text(str(tmp_path / name))
+
+
+def test_a_file_does_not_hide_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded").write_text("another text")
+    assert len(read_text("embedded")[0].documents) > 100
+    assert read_text("./embedded")[0].documents == ("another text",)
+
+
+def test_the_models_own_text_cannot_be_read():
+    with pytest.raises(UsageError, match="'self' is text that a model writes for --calibration"):
+        read_text("self")
 
 
 @pytest.mark.parametrize(("name", "hint"), [("embeded", "embedded"), ("wikitext", "wikitext2"), ("c5", "c4")])

@@ -177,6 +177,30 @@ def test_after_absorbs_a_scale_of_the_groups_input(case, family, group: LinearGr
     assert (block.forward(*inputs) - original).norm() < 1e-5 * change
 
 
+def added(tiny: Case, factors: dict[str, float]) -> Tensor:
+    """Return what block 0 adds to its input while the output of each named linear is multiplied by its factor."""
+    block, hidden = tiny.block(0), tiny.recording.hidden[0]
+    for name, factor in factors.items():
+        block.module.get_submodule(name).register_forward_hook(lambda _, inputs, output, factor=factor: output * factor)
+    return block.forward(hidden, tiny.recording.arguments[0][0]) - hidden
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", DESCRIBED)
+def test_writes_are_the_linears_whose_outputs_a_block_adds(case, family):
+    tiny = case(family)
+    architecture = tiny.skeleton.architecture
+    last = [linear for group in architecture.groups if group.name in ("output", "down") for linear in group.linears]
+    assert architecture.writes in ((), tuple(last))
+    nothing = dict.fromkeys(last, 0.0)
+    for name in last:
+        once, twice = added(tiny, nothing | {name: 1.0}), added(tiny, nothing | {name: 2.0})
+        proportional = (twice - 2 * once).norm() < 1e-5 * once.norm()
+        assert proportional == bool(architecture.writes), name
+    if architecture.writes:
+        assert not added(tiny, nothing).any()
+
+
 def test_a_family_without_a_file_is_found_by_itself(case):
     skeleton = case(WITHOUT_FILE).skeleton
     assert skeleton.architecture is None

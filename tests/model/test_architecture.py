@@ -9,6 +9,7 @@ model_types = ["one", "two"]
 blocks = "model.layers"
 when = { parallel = true }
 norm_offset = 1.0
+writes = ["o"]
 
 [[groups]]
 name = "attention"
@@ -43,11 +44,12 @@ def test_a_file_becomes_an_architecture(read):
         ("output", None, ("o",)),
     ]
     assert facts.norm_offset == 1.0
+    assert facts.writes == ("o",)
 
 
 def test_what_a_file_may_leave_out(read):
     facts = read('model_types = ["one"]\nblocks = "layers"')
-    assert (facts.groups, facts.renames, facts.when, facts.norm_offset) == ((), {}, {}, 0.0)
+    assert (facts.groups, facts.renames, facts.when, facts.norm_offset, facts.writes) == ((), {}, {}, 0.0, ())
 
 
 def test_a_linear_without_a_group_is_its_own(read):
@@ -89,6 +91,7 @@ def test_renames_replace_the_start_of_a_name(read):
         ('model_types = "one"\nblocks = "layers"', "'one' is no list of names"),
         ('model_types = ["one"]\nblocks = "layers"\nheads = 2', "heads"),
         ('model_types = ["one"]\nblocks = "layers"\ngroups = 2', "not iterable"),
+        ('model_types = ["one"]\nblocks = "layers"\nwrites = "o"', "'o' is no list of names"),
         (
             'model_types = ["one"]\nblocks = "layers"\n[[groups]]\nname = "a"\nlinears = [1]',
             "is no list of names",
