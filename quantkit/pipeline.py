@@ -25,9 +25,10 @@ from quantkit.evaluation.manifest import CHECK, RECIPE, REPORT, check_document, 
 from quantkit.exporters.compressed_tensors import CompressedTensors
 from quantkit.model import names
 from quantkit.model.block import Block
-from quantkit.model.checkpoint import INDEX, TORCH_DTYPES, Checkpoint
+from quantkit.model.checkpoint import INDEX, SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint
 from quantkit.model.device import pick_device
 from quantkit.model.names import Source
+from quantkit.model.rotation import Rotation
 from quantkit.model.skeleton import Skeleton
 from quantkit.model.writer import Writer, refuse_existing, refuse_full_disk
 from quantkit.planning import Plan, make_plan, writing_batch
@@ -70,12 +71,13 @@ class Silent:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A run that nothing speaks against: recipe, source, skeleton, plan."""
+    """A run that nothing speaks against: recipe, source, skeleton, plan, and the rotation if there is one."""
 
     recipe: Recipe
     source: Source
     skeleton: Skeleton
     plan: Plan
+    rotation: Rotation | None = None
 
 
 def prepare(recipe: Recipe, device: str | None = None) -> Prepared:
@@ -90,7 +92,8 @@ def prepare(recipe: Recipe, device: str | None = None) -> Prepared:
     skeleton = Skeleton(source.path)
     plan = make_plan(skeleton, recipe, pick_device(device))
     CompressedTensors().check(plan.schemes)
-    return Prepared(recipe=recipe, source=source, skeleton=skeleton, plan=plan)
+    rotation = Rotation.of(skeleton, recipe.seed) if recipe.rotate else None
+    return Prepared(recipe=recipe, source=source, skeleton=skeleton, plan=plan, rotation=rotation)
 
 
 def execute(
@@ -119,11 +122,13 @@ def execute(
     progress.stage("calibrating")
     with Writer(output, overwrite=overwrite) as writer:
         sink = _Sink(prepared, checkpoint, writer)
-        reports, sample = _engine(prepared, checkpoint).run(
-            tokens.split(prepared.recipe.calibration.batch_size), sink.emit, progress
-        )
+        engine = _engine(prepared, checkpoint)
+        dropped = _tied_duplicate(prepared.skeleton, checkpoint)
+        reports, sample = engine.run(tokens.split(prepared.recipe.calibration.batch_size), sink.emit, progress)
         progress.stage("writing")
-        sink.copy_rest()
+        with engine.outer_weights() as changed:
+            sink.emit_outer(changed)
+        sink.copy_rest(dropped)
         hashes = writer.close_shards()
         report = _report(prepared, reports, tokens, sink, hashes, time.monotonic() - started)
         _write_side_files(prepared, writer, report, sample)
@@ -140,6 +145,7 @@ def _engine(prepared: Prepared, checkpoint: Checkpoint) -> Engine:
         scale_dtype=prepared.plan.scale_dtype,
         device=prepared.plan.device,
         seed=prepared.recipe.seed,
+        rotation=prepared.rotation,
     )
 
 
@@ -175,9 +181,16 @@ class _Sink:
             self.writer.add(stored, block.module.get_parameter(name).to(TORCH_DTYPES[info.dtype]))
         self.writer.flush()
 
-    def copy_rest(self) -> None:
-        """Copy every other tensor of the source, known to the model or not, byte for byte."""
-        dropped = _tied_duplicate(self.prepared.skeleton, self.checkpoint)
+    def emit_outer(self, changed: Mapping[str, Tensor]) -> None:
+        """Write parameters from outside the blocks; a head that was tied gets a tensor of its own."""
+        for name, tensor in changed.items():
+            stored = self.prepared.skeleton.stored_name(name, self.checkpoint) or name
+            self.replaced.add(stored)
+            self.written[stored] = (SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape))
+            self.writer.add(stored, tensor)
+
+    def copy_rest(self, dropped: str | None) -> None:
+        """Copy every other tensor of the source but `dropped`, known to the model or not, byte for byte."""
         for name, info in self.checkpoint.tensors.items():
             if name not in self.replaced and name != dropped:
                 self.writer.add(name, self.checkpoint.load([name])[name])
@@ -249,6 +262,8 @@ def _write_side_files(prepared: Prepared, writer: Writer, report: Mapping[str, A
         writer.copy(path)
     config = json.loads((prepared.source.path / "config.json").read_text(encoding="utf-8"))
     plan = prepared.plan
+    if prepared.rotation:  # said even where it is the family's default
+        config["tie_word_embeddings"] = False
     config["quantization_config"] = CompressedTensors().config(plan.schemes, plan.classes, plan.dense)
     writer.write_text("config.json", _json(config))
     writer.write_text(RECIPE, prepared.recipe.to_toml())

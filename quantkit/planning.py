@@ -91,7 +91,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
     shapes = {name: _shape(linears[name]) for name in schemes}
     work = _workload(skeleton, recipe, device)
     _refuse_too_large_to_write(work)
-    parameters = _count(skeleton.model.parameters())
+    parameters = _count(skeleton.model.parameters()) + (_tied_head(skeleton) if recipe.rotate else 0)
     return Plan(
         model_type=skeleton.config.model_type,
         architecture=skeleton.architecture.name if skeleton.architecture else None,
@@ -115,6 +115,12 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
         seconds=costs.duration(work),
         notes=tuple(_notes(skeleton, schemes)),
     )
+
+
+def _tied_head(skeleton: Skeleton) -> int:
+    """Return the size of a head that shares the embedding's weight; a rotation gives it a weight of its own."""
+    head, embedding = skeleton.model.get_output_embeddings(), skeleton.model.get_input_embeddings()
+    return head.weight.numel() if head is not None and head.weight is embedding.weight else 0
 
 
 def scale_dtype(skeleton: Skeleton) -> torch.dtype:

@@ -55,6 +55,7 @@ class Recipe:
         scheme: what every quantized weight becomes.
         ignore: globs of module names that stay dense; every glob must match something.
         passes: method name → hyper-parameters that differ from the method's defaults for the scheme, in order.
+        rotate: rotate the residual stream by a random Hadamard matrix, folded into the weights.
         calibration: the text.
         seed: seed of everything random.
     """
@@ -64,6 +65,7 @@ class Recipe:
     scheme: QuantScheme = field(default_factory=lambda: QuantScheme(group_size=DEFAULT_GROUP_SIZE))
     ignore: tuple[str, ...] = ()
     passes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"omniquant": {}})
+    rotate: bool = False
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
 
@@ -105,6 +107,7 @@ class Recipe:
             "revision": self.revision,
             "seed": self.seed,
             "ignore": list(self.ignore),
+            "rotate": self.rotate,
             "scheme": asdict(self.scheme),
             "calibration": asdict(self.calibration),
             "passes": steps,

@@ -5,7 +5,8 @@ original blocks, and the actual stream through the finished ones. A block learns
 reference. Resident at any time: one window of blocks and the two streams.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from quantkit.core.affine import round_to_nearest
 from quantkit.core.scheme import QuantScheme
 from quantkit.model.block import Block, Site
 from quantkit.model.checkpoint import TORCH_DTYPES, Checkpoint
+from quantkit.model.rotation import Rotation
 from quantkit.model.skeleton import Skeleton
 
 CHECK_SEQUENCES, CHECK_TOKENS = 4, 32
@@ -71,6 +73,7 @@ class Engine:
         scale_dtype: dtype in which scales are stored.
         device: where blocks are computed.
         seed: seed of everything random.
+        rotation: rotates the residual stream of the model, of both streams alike; None: no rotation.
     """
 
     skeleton: Skeleton
@@ -80,6 +83,7 @@ class Engine:
     scale_dtype: torch.dtype
     device: torch.device
     seed: int = 0
+    rotation: Rotation | None = None
 
     @property
     def storage(self) -> torch.dtype:
@@ -99,7 +103,7 @@ class Engine:
         Returns:
             One report per block, and logits of the finished model on the first sequences.
         """
-        with self.skeleton.outer_weights(self.checkpoint, torch.float32, self.device):
+        with self.outer_weights():
             recording = record(self.skeleton, batches, self.device)
         actual = [hidden.to(self.storage) for hidden in recording.hidden]
         recording.hidden.clear()  # the streams move on; what they were need not stay in memory
@@ -130,12 +134,33 @@ class Engine:
 
     def _apply_to_whole(self, passes: Sequence[Pass], window: Window, batches: Sequence[Tensor]) -> None:
         """Apply the passes that need the model from end to end."""
-        with self.skeleton.outer_weights(self.checkpoint, torch.float32, self.device):
+        with self.outer_weights():
             head = make_head(self.skeleton, self.device)
             window.head = lambda batch, row, hidden: head(batches[batch][row : row + 1], hidden)
             for step in passes:
                 step.apply(window)
         window.head = None
+
+    @contextmanager
+    def outer_weights(self) -> Iterator[dict[str, Tensor]]:
+        """Fill everything outside the blocks for the duration of the context.
+
+        Yields the parameters that differ from the checkpoint's, by full name, in the dtype in which they are stored.
+        """
+        changed: dict[str, Tensor] = {}
+        with self.skeleton.outer_weights(self.checkpoint, torch.float32, self.device):
+            if self.rotation:
+                dtype = self.skeleton.config.dtype
+                for name in self.rotation.rotate_outer(self.skeleton.model):
+                    parameter = self.skeleton.model.get_parameter(name)
+                    changed[name] = parameter.data.to(self._stored_dtype(name) or dtype)
+                    parameter.data = changed[name].to(parameter.dtype)
+            yield changed
+
+    def _stored_dtype(self, name: str) -> torch.dtype | None:
+        """Return the dtype of the stored parameter `name` (full name), None if it is not stored."""
+        source = self.skeleton.stored_name(name, self.checkpoint)
+        return TORCH_DTYPES[self.checkpoint.tensors[source].dtype] if source else None
 
     def load(self, index: int) -> Block:
         """Return block `index` with its weights in float32 and its sites."""
@@ -156,16 +181,21 @@ class Engine:
                     )
                 )
         prefix = self.skeleton.module_name(index, "")
-        stored = {n: self.skeleton.stored_name(prefix + n, self.checkpoint) for n, _ in module.named_parameters()}
-        dtypes = {n: TORCH_DTYPES[self.checkpoint.tensors[source].dtype] for n, source in stored.items() if source}
-        return Block(index=index, name=prefix.rstrip("."), module=module, sites=sites, dtypes=dtypes)
+        dtypes = {n: dtype for n, _ in module.named_parameters() if (dtype := self._stored_dtype(prefix + n))}
+        block = Block(index=index, name=prefix.rstrip("."), module=module, sites=sites, dtypes=dtypes)
+        if self.rotation:
+            block.changed |= {*self.rotation.rotate_block(module)} - {f"{site.local_name}.weight" for site in sites}
+            for name in block.changed:  # what is calibrated is what is stored
+                parameter = module.get_parameter(name)
+                parameter.data = parameter.data.to(dtypes[name]).to(parameter.dtype)
+        return block
 
     def _check_sample(self, batches: Sequence[Tensor], actual: Sequence[Tensor]) -> CheckSample:
         """Return the finished model's logits at the head of the first sequences; a causal model needs no more."""
         count = -(-CHECK_SEQUENCES // batches[0].shape[0])  # batches that hold that many sequences
         tokens = torch.cat([batch[:, :CHECK_TOKENS] for batch in batches[:count]])[:CHECK_SEQUENCES]
         hidden = torch.cat([batch[:, :CHECK_TOKENS] for batch in actual[:count]])[:CHECK_SEQUENCES].float()
-        with self.skeleton.outer_weights(self.checkpoint, torch.float32, self.device):
+        with self.outer_weights():
             # one sequence at a time: a large vocabulary makes logits the largest tensor of the whole run
             logits = [finish(self.skeleton, tokens[i : i + 1], hidden[i : i + 1]).cpu() for i in range(len(tokens))]
         return CheckSample(tokens=tokens, logits=torch.cat(logits))

@@ -65,7 +65,7 @@ class _Findings:
 
 
 def check(  # noqa: PLR0913
-    output: Path,
+    output: str | Path,
     *,
     against: str | None = None,
     text: str | None = None,
@@ -92,6 +92,7 @@ def check(  # noqa: PLR0913
         ModelError: `output` is no directory that quantkit wrote, or the original cannot be loaded.
         UsageError, DataError, NetworkError: the device, the text or the original cannot be used as given.
     """
+    output = Path(output)
     _refuse_stranger(output)
     pick_device(device)
     if windows < 1 or (seqlen is not None and seqlen < 2):
