@@ -40,7 +40,8 @@ def make_recipe(
         model: a directory, a Hub id or an alias.
         method: name of the method.
         options: hyper-parameters of the method.
-        fields: `wbits`, `group_size` (None: one scale per row), `symmetric`; `ignore` (globs); `calibration` (a name or
+        fields: `wbits` or `target_bpw` (bits chosen by measured loss), `group_size` (None: one scale per row),
+            `symmetric`; `ignore` (globs); `calibration` (a name or
             a file), `samples`, `seqlen`, `batch_size`, `allow_short`; `seed`, `revision`.
 
     Raises:

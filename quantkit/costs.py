@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from quantkit.calibrate import sensitivity
 from quantkit.calibrate.engine import CHECK_SEQUENCES, CHECK_TOKENS
 
 LIBRARIES = 75e6  # what torch, tokenizers and safetensors allocate when they are first used
@@ -19,6 +20,7 @@ COPIES_ROUNDED = 2.0  # float32 copies, codes and temporaries of a block that is
 COPIES_TRAINED = 1.5  # fake-quantized weights and their gradients during an update
 SWEEPS_PER_UPDATE = 14  # elementwise operations on a block's weights in one update, forward and backward
 CALLS_PER_UPDATE = 130  # operations of any size that an update makes for each linear; they decide for small models
+SWEEPS_PER_ROUNDING = 10  # the same for one clipping of a block that is rounded to measure its loss
 OVERHEAD = 1.3  # everything else
 
 
@@ -40,6 +42,8 @@ class Workload:
         batch_size: sequences in a batch.
         streams: copies of the hidden states that are kept.
         updates: training updates over each batch; 0: nothing is learned.
+        ties: groups of linears in a block whose loss is measured first; 0: none is.
+        widths: how many widths each of them is measured at.
         device: where blocks are computed.
     """
 
@@ -56,6 +60,8 @@ class Workload:
     batch_size: int
     streams: int
     updates: int
+    ties: int = 0
+    widths: int = 0
     device: torch.device
 
     @property
@@ -86,7 +92,10 @@ def duration(work: Workload) -> float:
     batches = work.samples / work.batch_size
     update = SWEEPS_PER_UPDATE * work.block_parameters * sweep + CALLS_PER_UPDATE * work.block_linears * call
     training = work.updates * (3 * forward + update * batches)
-    return work.blocks * (forwards * forward + training) * OVERHEAD
+    tokens = min(work.samples, sensitivity.SEQUENCES) * min(work.seqlen, sensitivity.TOKENS)
+    trials = 2 * work.block_parameters * tokens / rate * (work.ties * work.widths + (work.ties > 0))
+    roundings = work.widths * len(sensitivity.SHRINK) * SWEEPS_PER_ROUNDING * work.block_parameters * sweep
+    return work.blocks * (forwards * forward + training + trials + roundings) * OVERHEAD
 
 
 def machine_speed(device: torch.device) -> tuple[float, float, float]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from quantkit.calibrate.data import calibration_tokens, load_tokenizer
 from quantkit.calibrate.engine import BlockReport, CheckSample, Engine, Listener
 from quantkit.calibrate.passes import Window
+from quantkit.calibrate.sensitivity import SHRINK, Sensitivity
 from quantkit.calibrate.text import read_text
 from quantkit.errors import DataError, OutputError
 from quantkit.evaluation.manifest import CHECK, RECIPE, REPORT, check_document, tensor_manifest
@@ -39,7 +40,7 @@ class Progress(Listener, Protocol):
     """Who wants to follow a run."""
 
     def stage(self, name: str) -> None:
-        """A stage begins: 'reading text', 'downloading', 'verifying weights', 'calibrating', 'writing'."""
+        """A stage begins: 'reading text', 'downloading', 'verifying weights', 'measuring', 'calibrating', 'writing'."""
 
     def planned(self, plan: Plan) -> None:
         """The plan stands; nothing has been computed yet."""
@@ -110,6 +111,9 @@ def execute(
     progress.stage("verifying weights")
     for _ in checkpoint.verify_finite():
         pass
+    if prepared.plan.budget:
+        progress.stage("measuring")
+        prepared = _spend(prepared, checkpoint, tokens, progress)
     progress.stage("calibrating")
     with Writer(output, overwrite=overwrite) as writer:
         sink = _Sink(prepared, checkpoint, writer)
@@ -123,6 +127,25 @@ def execute(
         _write_side_files(prepared, writer, report, sample)
         writer.finish()
     return report
+
+
+def _spend(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, progress: Progress) -> Prepared:
+    """Return the run with its budget of bits spent by measured losses."""
+    plan = prepared.plan
+    assert plan.budget is not None
+    learns = any(step.learns for step in prepared.recipe.build_passes().values())
+    losses = Sensitivity(
+        skeleton=prepared.skeleton,
+        checkpoint=checkpoint,
+        ties=plan.budget.ties,
+        schemes=plan.budget.schemes,
+        shrink=SHRINK if learns else (1.0,),  # what does not learn does not clip either
+        scale_dtype=plan.scale_dtype,
+        device=plan.device,
+    ).run(tokens, progress.progress)
+    spent = plan.spend(losses)
+    CompressedTensors().check(spent.schemes)
+    return replace(prepared, plan=spent)
 
 
 def _engine(prepared: Prepared, checkpoint: Checkpoint) -> Engine:
@@ -232,7 +255,7 @@ def _report(
     return {
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "source": {"model": recipe.model, "id": prepared.source.id, "revision": prepared.source.revision},
-        "scheme": str(recipe.scheme),
+        "scheme": plan.scheme,
         "method": list(recipe.passes)[-1],
         "notes": list(plan.notes),
         "seed": recipe.seed,
@@ -254,6 +277,7 @@ def _report(
             "seconds": seconds,
         },
         "blocks": [asdict(block) for block in blocks],
+        **({"allocation": plan.allocation.facts()} if plan.allocation else {}),
         "sites": list(plan.schemes),
         "tensors": tensor_manifest(sink.written),
         "sha256": dict(hashes),
