@@ -33,6 +33,8 @@ def allocate(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
     Raises:
         ValueError: even the smallest options together take more than the budget.
     """
+    if not items:
+        return []
     if sum(min(option.bits for option in item) for item in items) > budget:
         raise ValueError(f"the smallest options take more than {budget} bits")
     frontiers = [_frontier(item) for item in items]
