@@ -74,47 +74,44 @@ class Sensitivity:
 
         `progress` is told (blocks done, blocks in all), with fractions in between.
         """
-        batches = tokens[:SEQUENCES, :TOKENS].split(1)
         with self.skeleton.outer_weights(self.checkpoint, torch.float32, self.device):
-            recording = record(self.skeleton, batches, self.device)
-        hidden, losses = recording.hidden, {}
+            recording = record(self.skeleton, [tokens[:SEQUENCES, :TOKENS]], self.device)
+        (hidden,), (arguments,) = recording.hidden, recording.arguments
+        losses = {}
         total = len(self.skeleton.blocks)
         for index in range(total):
             module = self.skeleton.load_block(index, self.checkpoint, torch.float32, self.device)
-            runs = _Runs(Block(index=index, module=module, sites=[]), hidden, [a[index] for a in recording.arguments])
-            hidden = runs.targets
+            run = _Run(Block(index=index, module=module, sites=[]), hidden, arguments[index])
+            hidden = run.target
             ties = [tie for tie in self.ties if tie.block == index]
             for number, tie in enumerate(ties):
-                losses[tie] = {scheme: self._loss(runs, tie, scheme) for scheme in self.schemes}
+                losses[tie] = {scheme: self._loss(run, tie, scheme) for scheme in self.schemes}
                 progress(index + (number + 1) / len(ties), total)
-            del runs, module
+            del run, module
             release_freed()
         return losses
 
-    def _loss(self, runs: "_Runs", tie: TiedLinears, scheme: QuantScheme) -> float:
+    def _loss(self, run: "_Run", tie: TiedLinears, scheme: QuantScheme) -> float:
         prefix = self.skeleton.module_name(tie.block, "")
         weights = {}
         for name in (linear.removeprefix(prefix) for linear in tie.linears):
-            weight = runs.block.module.get_submodule(name).weight
+            weight = run.block.module.get_submodule(name).weight
             assert isinstance(weight, Tensor)
             weights[name] = clipped_to_nearest(weight, scheme, self.shrink, self.scale_dtype)
-        return runs.loss(weights)
+        return run.loss(weights)
 
 
-class _Runs:
-    """A block, what reaches it, and what it makes of that."""
+class _Run:
+    """A block, what reaches it, and what it makes of that, (sequences, tokens, width)."""
 
-    def __init__(self, block: Block, inputs: Sequence[Tensor], arguments: Sequence[Arguments]) -> None:
-        self.block, self.inputs, self.arguments = block, inputs, arguments
-        self.targets = [block.forward(*pair) for pair in zip(inputs, arguments, strict=True)]
+    def __init__(self, block: Block, hidden: Tensor, arguments: Arguments) -> None:
+        self.block, self.hidden, self.arguments = block, hidden, arguments
+        self.target = block.forward(hidden, arguments)
 
     def loss(self, weights: dict[str, Tensor]) -> float:
         """Return the mean over tokens of the output's squared error over its squared norm, with `weights` replaced."""
-        ratios = []
-        for hidden, arguments, target in zip(self.inputs, self.arguments, self.targets, strict=True):
-            error = (self.block.forward(hidden, arguments, weights) - target).square().sum(-1)
-            ratios.append(error / target.square().sum(-1).clamp(min=1e-30))
-        mean = float(torch.cat([ratio.flatten() for ratio in ratios]).double().mean())
+        error = (self.block.forward(self.hidden, self.arguments, weights) - self.target).square().sum(-1)
+        mean = float((error / self.target.square().sum(-1).clamp(min=1e-30)).double().mean())
         return min(mean, _RUINED) if isfinite(mean) else _RUINED
 
 
