@@ -40,9 +40,9 @@ def make_recipe(
         model: a directory, a Hub id or an alias.
         method: name of the method.
         options: hyper-parameters of the method.
-        fields: `wbits`, `group_size` (None: one scale per row), `symmetric`; `ignore` (globs); `calibration` (a name,
-            a file, or `self`: text that the model writes), `samples`, `seqlen`, `batch_size`, `allow_short`; `seed`,
-            `revision`.
+        fields: `wbits` or `target_bpw` (bits chosen by measured loss), `group_size` (None: one scale per row),
+            `symmetric`; `ignore` (globs); `calibration` (a name, a file, or `self`: text that the model writes),
+            `samples`, `seqlen`, `batch_size`, `allow_short`; `rotate`; `seed`, `revision`.
 
     Raises:
         UsageError: a value that is out of range, an unknown method, field or hyper-parameter.

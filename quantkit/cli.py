@@ -42,6 +42,13 @@ def quantize(
         typer.Option("--output", "-o", help="Directory to write; it appears whole or not at all."),
     ] = None,
     wbits: Annotated[int | None, typer.Option(help="Bits per weight, 2 to 8. (default: 4)")] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of --wbits: most bits per weight on average, scales included, e.g. 3.25."
+            " The bits of each linear are chosen by its measured loss; implies --symmetric."
+        ),
+    ] = None,
     group_size: Annotated[
         str | None,
         typer.Option(help="Weights that share a scale, or `channel` for one scale per row. (default: 128)"),
@@ -108,7 +115,7 @@ def quantize(
     with _errors(as_json):
         from quantkit.pipeline import execute, prepare  # torch takes seconds to import: not for --help
 
-        scheme = {"bits": wbits, "symmetric": symmetric}
+        scheme = {"bits": wbits, "symmetric": symmetric, "target_bpw": target_bpw}
         text = {
             "text": calibration,
             "samples": samples,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from quantkit.calibrate import sensitivity
 from quantkit.calibrate.engine import CHECK_SEQUENCES, CHECK_TOKENS
 
 LIBRARIES = 75e6  # what torch, tokenizers and safetensors allocate when they are first used
@@ -22,6 +23,7 @@ SWEEPS_PER_UPDATE = 14  # elementwise operations on a block's weights in one upd
 CALLS_PER_UPDATE = 130  # operations of any size that an update makes for each linear; they decide for small models
 SWEEPS_PER_DRAW = 10  # elementwise operations on the logits when a token is drawn, some of them in float64
 CALLS_PER_STEP = 20  # operations for each linear while the model writes one token of a text
+SWEEPS_PER_ROUNDING = 10  # the same for one clipping of a block that is rounded to measure its loss
 OVERHEAD = 1.3  # everything else
 
 
@@ -43,6 +45,8 @@ class Workload:
         batch_size: sequences in a batch.
         streams: copies of the hidden states that are kept.
         updates: training updates, over one batch each, that a block takes part in; 0: nothing is learned.
+        ties: groups of linears in a block whose loss is measured first; 0: none is.
+        widths: how many widths each of them is measured at.
         device: where blocks are computed.
         at_once: sequences that the model writes side by side to be calibrated on; 0: it writes none.
         cache: numbers in the keys and values of one such sequence.
@@ -62,6 +66,8 @@ class Workload:
     streams: int
     updates: float
     device: torch.device
+    ties: int = 0
+    widths: int = 0
     at_once: int = 0
     cache: int = 0
 
@@ -115,7 +121,10 @@ def duration(work: Workload) -> float:
     batches = work.samples / work.batch_size
     update = SWEEPS_PER_UPDATE * work.block_parameters * sweep + CALLS_PER_UPDATE * work.block_linears * call
     training = work.updates * (3 * forward / batches + update)
-    walk = work.blocks * (forwards * forward + training)
+    tokens = min(work.samples, sensitivity.SEQUENCES) * min(work.seqlen, sensitivity.TOKENS)
+    trials = 2 * work.block_parameters * tokens / rate * (work.ties * work.widths + (work.ties > 0))
+    roundings = work.widths * len(sensitivity.SHRINK) * SWEEPS_PER_ROUNDING * work.block_parameters * sweep
+    walk = work.blocks * (forwards * forward + training + trials + roundings)
     if not work.at_once:
         return walk * OVERHEAD
     touched = work.parameters + SWEEPS_PER_DRAW * work.at_once * work.vocabulary

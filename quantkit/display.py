@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from quantkit.planning import Plan
     from quantkit.recipe import Recipe
 
+# of the digits that show how many bits a linear got: the fewer, the warmer
+_COLORS = ("dim", "red", "red", "yellow", "green", "cyan", "blue", "blue", "magenta")
+
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -64,7 +67,8 @@ def plan_facts(plan: "Plan", recipe: "Recipe") -> dict[str, Any]:
         "model_type": plan.model_type,
         "architecture": plan.architecture,
         "method": list(recipe.passes)[-1],
-        "scheme": str(recipe.scheme),
+        "scheme": plan.scheme,
+        "target_bpw": recipe.target_bpw,
         "bits_per_weight": plan.bits_per_weight,
         "blocks": plan.blocks,
         "parameters": plan.parameters,
@@ -158,9 +162,8 @@ def quantized(output: Path, report: Mapping[str, Any], *, as_json: bool) -> None
     after = sum(block["error"] for block in blocks) / len(blocks)
     table = _facts_table(f"{output}")
     share = report["quantized_parameters"] / report["parameters"]
-    table.add_row(
-        "scheme", f"{report['scheme']} by {report['method']}, {report['bits_per_weight']:.2f} bits per weight"
-    )
+    kind = report["scheme"].partition(",")[0]
+    table.add_row("scheme", f"{kind} by {report['method']}, {report['bits_per_weight']:.2f} bits per weight")
     table.add_row("quantized", f"{share:.1%} of {report['parameters']:,} parameters")
     table.add_row("size", f"{_bytes(measured['output_bytes'])} of weights")
     learned = f" → {after:.3e} kept ({after / before - 1:+.0%})" if before and after != before else ""
@@ -170,6 +173,8 @@ def quantized(output: Path, report: Mapping[str, Any], *, as_json: bool) -> None
         table.add_row("fallback", f"[yellow]rounded to nearest in blocks {', '.join(map(str, fallbacks))}[/]")
     table.add_row("took", f"{_duration(measured['seconds'])}, peak memory {_bytes(measured['memory_bytes'])}")
     _out.print(table)
+    if "allocation" in report:
+        _out.print(_bits_picture(report["allocation"]["groups"]))
     _out.print(f"next: quantkit check {output}", markup=False)
 
 
@@ -233,13 +238,15 @@ def _plan_table(plan: "Plan", recipe: "Recipe") -> Table:
     described = f"described by {plan.architecture}.toml" if plan.architecture else "no architecture file"
     table.add_row("model", f"{plan.model_type}, {plan.blocks} blocks, {plan.parameters:,} parameters, {described}")
     table.add_row("method", escape(method.replace(" ()", "")))
-    table.add_row("scheme", f"{recipe.scheme}: {plan.bits_per_weight:.2f} bits per weight with scales and zero points")
+    most = "at most " if plan.budget and not plan.allocation else ""
+    bits = f"{most}{plan.bits_per_weight:.2f} bits per weight with scales and zero points"
+    table.add_row("scheme", f"{plan.scheme.partition(',')[0]}: {bits}")
     table.add_row("quantized", f"{len(plan.shapes)} linears, {share:.1%} of the parameters")
     table.add_row(
         "text",
         f"{escape(text.text)}, {plan.samples} sequences of {plan.seqlen} tokens, {text.batch_size} per batch",
     )
-    table.add_row("output", f"{_bytes(plan.output_bytes)} of weights")
+    table.add_row("output", f"{most}{_bytes(plan.output_bytes)} of weights")
     device = f", {_bytes(plan.device_bytes)} on {plan.device}" if plan.device_bytes else f" on {plan.device}"
     table.add_row("memory", f"about {_bytes(plan.memory_bytes)} at the peak{device}")
     table.add_row("time", f"about {_duration(plan.seconds)}")
@@ -260,10 +267,30 @@ def _sites_table(plan: "Plan") -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("linears", "count", "shape", "scheme"):
         table.add_column(column, justify="left" if column in ("linears", "scheme") else "right")
-    scheme = str(next(iter(plan.schemes.values())))
+    scheme = plan.scheme.partition(",")[0]
     for (local, (rows, columns)), count in kinds.items():
         table.add_row(local, str(count), f"{rows} × {columns}", scheme)
     return table
+
+
+def _bits_picture(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """One row per group of linears, one digit per block: the bits that it got; a dot where it is not quantized."""
+    bits = {(group["group"], group["block"]): _bits_of(group["scheme"]) for group in groups}
+    blocks = range(1 + max(block for _, block in bits))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("bits")
+    table.add_column(f"blocks 0 to {blocks[-1]}", no_wrap=True)
+    table.add_column("mean", justify="right")
+    for name in dict.fromkeys(name for name, _ in bits):
+        row = [bits.get((name, block), 0) for block in blocks]
+        digits = "".join(f"[{_COLORS[width]}]{width or '·'}[/]" for width in row)
+        chosen = [width for width in row if width]
+        table.add_row(escape(name), digits, f"{sum(chosen) / len(chosen):.1f}")
+    return table
+
+
+def _bits_of(scheme: str) -> int:
+    return int(scheme[1 : scheme.index("a")])
 
 
 def _facts_table(title: str) -> Table:

@@ -18,6 +18,7 @@ from quantkit.calibrate.data import calibration_tokens, load_tokenizer
 from quantkit.calibrate.engine import BlockReport, CheckSample, Engine, Listener
 from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.self_text import sample_tokens
+from quantkit.calibrate.sensitivity import SHRINK, Sensitivity
 from quantkit.calibrate.text import SELF, read_text
 from quantkit.errors import DataError, OutputError
 from quantkit.evaluation.loading import load_model
@@ -45,8 +46,8 @@ class Progress(Listener, Protocol):
     def stage(self, name: str) -> None:
         """A stage begins.
 
-        'reading text' or 'writing text', 'downloading' or 'opening weights', 'verifying weights', 'calibrating',
-        'writing'.
+        'reading text' or 'writing text', 'downloading' or 'opening weights', 'verifying weights', 'measuring',
+        'calibrating', 'writing'.
         """
 
     def planned(self, plan: Plan) -> None:
@@ -119,6 +120,9 @@ def execute(
     progress.stage("verifying weights")
     for _ in checkpoint.verify_finite():
         pass
+    if prepared.plan.budget:
+        progress.stage("measuring")
+        prepared = _spend(prepared, checkpoint, tokens, progress)
     progress.stage("calibrating")
     with Writer(output, overwrite=overwrite) as writer:
         sink = _Sink(prepared, checkpoint, writer)
@@ -134,6 +138,25 @@ def execute(
         _write_side_files(prepared, writer, report, sample)
         writer.finish()
     return report
+
+
+def _spend(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, progress: Progress) -> Prepared:
+    """Return the run with its budget of bits spent by measured losses."""
+    plan = prepared.plan
+    assert plan.budget is not None
+    learns = any(step.learns for step in prepared.recipe.build_passes().values())
+    losses = Sensitivity(
+        skeleton=prepared.skeleton,
+        checkpoint=checkpoint,
+        ties=plan.budget.ties,
+        schemes=plan.budget.schemes,
+        shrink=SHRINK if learns else (1.0,),  # what does not learn does not clip either
+        scale_dtype=plan.scale_dtype,
+        device=plan.device,
+    ).run(tokens, progress.progress)
+    spent = plan.spend(losses)
+    CompressedTensors().check(spent.schemes)
+    return replace(prepared, plan=spent)
 
 
 def _engine(prepared: Prepared, checkpoint: Checkpoint) -> Engine:
@@ -283,7 +306,7 @@ def _report(
     return {
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "source": {"model": recipe.model, "id": prepared.source.id, "revision": prepared.source.revision},
-        "scheme": str(recipe.scheme),
+        "scheme": plan.scheme,
         "method": list(recipe.passes)[-1],
         "notes": list(plan.notes),
         "seed": recipe.seed,
@@ -305,6 +328,7 @@ def _report(
             "seconds": seconds,
         },
         "blocks": [asdict(block) for block in blocks],
+        **({"allocation": plan.allocation.facts()} if plan.allocation else {}),
         "sites": list(plan.schemes),
         "tensors": tensor_manifest(sink.written),
         "sha256": dict(hashes),

@@ -1,13 +1,14 @@
 """What a run will do, before it does anything: sites, sizes, memory, disk, time."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from quantkit import costs
+from quantkit.allocation import Allocation, Budget, Losses, describe
 from quantkit.calibrate.passes import Pass
 from quantkit.calibrate.self_text import cache_elements, sequences_at_once
 from quantkit.calibrate.text import SELF
@@ -31,7 +32,11 @@ class Plan:
         architecture: name of the file that describes it, None if no file does.
         blocks: number of decoder layers.
         shapes: module name → shape of every weight that will be quantized, in order.
-        schemes: module name → scheme.
+        schemes: module name → scheme; with a budget that is not spent yet, the one that
+            methods take their defaults from.
+        scheme: what the linears become, in words.
+        bits_per_weight: stored bits per quantized weight, scales and zero points included; the target of a budget that
+            is not spent yet.
         classes: names of the module classes that are quantized.
         dense: module names of linears that stay dense.
         parameters: all parameters of the model.
@@ -43,6 +48,8 @@ class Plan:
         memory_bytes: predicted peak of resident host memory.
         device_bytes: predicted peak of GPU memory, 0 on the CPU.
         seconds: predicted duration of the calibration.
+        budget: what `--target-bpw` asks for, None without it.
+        allocation: how the budget was spent, None before that.
         notes: what the user should know, one sentence each.
     """
 
@@ -51,6 +58,8 @@ class Plan:
     blocks: int
     shapes: Mapping[str, tuple[int, int]]
     schemes: Mapping[str, QuantScheme]
+    scheme: str
+    bits_per_weight: float
     classes: tuple[str, ...]
     dense: tuple[str, ...]
     parameters: int
@@ -62,6 +71,8 @@ class Plan:
     memory_bytes: int
     device_bytes: int
     seconds: float
+    budget: Budget | None = None
+    allocation: Allocation | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -69,14 +80,20 @@ class Plan:
         """Number of weights that are quantized."""
         return sum(rows * columns for rows, columns in self.shapes.values())
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per quantized weight, scales and zero points included."""
-        bits = sum(
-            rows * columns * self.schemes[name].bits_per_weight(columns)
-            for name, (rows, columns) in self.shapes.items()
+    def spend(self, losses: Losses) -> "Plan":
+        """Return the plan with the budget spent by measured losses."""
+        assert self.budget is not None, "there is no budget to spend"
+        allocation = self.budget.spend(losses)
+        schemes = {name: allocation.schemes[name] for name in self.schemes}
+        bits = _bits_per_weight(self.shapes, schemes)
+        return replace(
+            self,
+            schemes=schemes,
+            scheme=describe(schemes, bits),
+            bits_per_weight=bits,
+            output_bytes=self.output_bytes - _most_bytes(self.budget) + _packed_bytes(self.shapes, schemes),
+            allocation=allocation,
         )
-        return bits / self.quantized_parameters
 
 
 def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
@@ -89,15 +106,21 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
     linears = _block_linears(skeleton)
     schemes = _assign_schemes(linears, recipe)
     shapes = {name: _shape(linears[name]) for name in schemes}
-    work = _workload(skeleton, recipe, device)
+    budget = _budget(skeleton, recipe, {name: linears[name] for name in schemes})
+    packed = _most_bytes(budget) if budget else _packed_bytes(shapes, schemes)
+    bits = budget.target if budget else _bits_per_weight(shapes, schemes)
+    work = _workload(skeleton, recipe, budget, device)
     _refuse_too_large_to_write(work)
     parameters = _count(skeleton.model.parameters()) + (_tied_head(skeleton) if recipe.rotate else 0)
+    quantized = sum(rows * columns for rows, columns in shapes.values())
     return Plan(
         model_type=skeleton.config.model_type,
         architecture=skeleton.architecture.name if skeleton.architecture else None,
         blocks=work.blocks,
         shapes=shapes,
         schemes=schemes,
+        scheme=describe({str(each): each for each in budget.schemes} if budget else schemes, bits),
+        bits_per_weight=bits,
         classes=tuple(sorted({_class_name(linears[name]) for name in schemes})),
         dense=tuple(
             name
@@ -109,11 +132,12 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
         seqlen=work.seqlen,
         scale_dtype=scale_dtype(skeleton),
         device=device,
-        output_bytes=_output_bytes(shapes, schemes, parameters, work.stored_bytes),
+        output_bytes=packed + (parameters - quantized) * work.stored_bytes,
         memory_bytes=costs.host_memory(work),
         device_bytes=costs.device_memory(work),
         seconds=costs.duration(work),
-        notes=tuple(_notes(skeleton, schemes)),
+        budget=budget,
+        notes=tuple(_notes(skeleton, schemes, budget)),
     )
 
 
@@ -146,17 +170,37 @@ def _assign_schemes(linears: Mapping[str, nn.Module], recipe: Recipe) -> dict[st
     for name, module in linears.items():
         if not any(fnmatchcase(name, glob) for glob in recipe.ignore):
             try:
-                recipe.scheme.groups(_shape(module)[1])
+                recipe.nominal_scheme.groups(_shape(module)[1])
             except UsageError as error:
                 raise UsageError(f"{name}: {error}") from None
-            schemes[name] = recipe.scheme
+            schemes[name] = recipe.nominal_scheme
     if not schemes:
         raise UsageError("--ignore excludes every linear, so nothing is left to quantize")
     return schemes
 
 
-def _notes(skeleton: Skeleton, schemes: Mapping[str, QuantScheme]) -> Iterator[str]:
+def _budget(skeleton: Skeleton, recipe: Recipe, linears: Mapping[str, nn.Module]) -> Budget | None:
+    """Return what the recipe's target means for its linears, None without a target."""
+    if recipe.target_bpw is None:
+        return None
+    for name, module in linears.items():
+        if type(module) is not nn.Linear:
+            raise UsageError(
+                f"--target-bpw writes several widths, which transformers loads into plain linears only, but {name} "
+                f"is a {type(module).__name__}; use --wbits"
+            )
+    shapes = {name: _shape(module) for name, module in linears.items()}
+    return Budget.of(recipe.target_bpw, recipe.nominal_scheme, skeleton, shapes)
+
+
+def _notes(skeleton: Skeleton, schemes: Mapping[str, QuantScheme], budget: Budget | None) -> Iterator[str]:
     family = skeleton.architecture
+    if budget:
+        widths = ", ".join(str(scheme.bits) for scheme in budget.schemes)
+        yield (
+            f"each of {len(budget.ties)} groups of linears gets the bits that its measured loss asks for ({widths}), "
+            f"at most {budget.limit:,} in all; without zero points, since transformers loads several widths only so"
+        )
     if family is None:
         yield (
             f"no architecture file describes {skeleton.config.model_type}, so its blocks were found by themselves "
@@ -177,7 +221,7 @@ def _notes(skeleton: Skeleton, schemes: Mapping[str, QuantScheme]) -> Iterator[s
         )
 
 
-def _workload(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> costs.Workload:
+def _workload(skeleton: Skeleton, recipe: Recipe, budget: Budget | None, device: torch.device) -> costs.Workload:
     passes = recipe.build_passes().values()
     text_config = skeleton.config.get_text_config()
     seqlen, writes = _sequence_length(skeleton, recipe), recipe.calibration.text == SELF
@@ -196,6 +240,8 @@ def _workload(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> costs
         batch_size=recipe.calibration.batch_size,
         streams=2 + any(getattr(step, "aug_loss", False) for step in passes),
         updates=_updates_per_block(len(skeleton.blocks), passes),
+        ties=len(budget.ties) // len(skeleton.blocks) if budget else 0,
+        widths=len(budget.schemes) if budget else 0,
         device=device,
         at_once=min(recipe.calibration.samples, writing_batch(skeleton, seqlen)) if writes else 0,
         cache=cache_elements(skeleton.config, seqlen) if writes else 0,
@@ -235,15 +281,23 @@ def _sequence_length(skeleton: Skeleton, recipe: Recipe) -> int:
     return wanted or min(DEFAULT_SEQLEN if learns else SEQLEN_TO_CHECK, context)
 
 
-def _output_bytes(
-    shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, QuantScheme], parameters: int, stored_bytes: int
-) -> int:
-    packed = quantized = 0
-    for name, shape in shapes.items():
-        quantized += shape[0] * shape[1]
-        for kind, size in CompressedTensors().layout(shape, schemes[name], "F16").values():
-            packed += BYTES[kind] * torch.Size(size).numel()
-    return packed + (parameters - quantized) * stored_bytes
+def _packed_bytes(shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, QuantScheme]) -> int:
+    return sum(
+        BYTES[kind] * torch.Size(size).numel()
+        for name, shape in shapes.items()
+        for kind, size in CompressedTensors().layout(shape, schemes[name], "F16").values()
+    )
+
+
+def _most_bytes(budget: Budget) -> int:
+    """Return the most bytes that the packed linears may take: the budget, and the shape that is stored with each."""
+    return -(-budget.limit // 8) + 2 * BYTES["I64"] * len(budget.shapes)
+
+
+def _bits_per_weight(shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, QuantScheme]) -> float:
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    bits = sum(size * schemes[name].bits_per_weight(shapes[name][1]) for name, size in sizes.items())
+    return bits / sum(sizes.values())
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

@@ -3,6 +3,7 @@
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from math import isfinite
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
@@ -11,7 +12,7 @@ import tomli_w
 
 from quantkit import methods
 from quantkit.calibrate.passes import Pass, Phase
-from quantkit.core.scheme import QuantScheme
+from quantkit.core.scheme import MAX_BITS, MIN_BITS, QuantScheme
 from quantkit.errors import UsageError, nearest
 
 DEFAULT_GROUP_SIZE = 128  # the one group size that every runtime of the field has kernels for
@@ -53,6 +54,8 @@ class Recipe:
         model: directory, Hub id or alias.
         revision: revision on the Hub, None for the alias's own or the newest.
         scheme: what every quantized weight becomes.
+        target_bpw: most bits per quantized weight, scales included; the bits of each linear are then chosen by measured
+            loss instead of taken from `scheme`, which must be symmetric. None: `scheme` says it all.
         ignore: globs of module names that stay dense; every glob must match something.
         passes: method name → hyper-parameters that differ from the method's defaults for the scheme, in order.
         rotate: rotate the residual stream by a random Hadamard matrix, folded into the weights.
@@ -63,11 +66,30 @@ class Recipe:
     model: str
     revision: str | None = None
     scheme: QuantScheme = field(default_factory=lambda: QuantScheme(group_size=DEFAULT_GROUP_SIZE))
+    target_bpw: float | None = None
     ignore: tuple[str, ...] = ()
     passes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"omniquant": {}})
     rotate: bool = False
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.target_bpw is None:
+            return
+        if not isfinite(self.target_bpw):
+            raise UsageError(f"target_bpw must be a number of bits such as 3.25, not {self.target_bpw}")
+        if not self.scheme.symmetric:
+            raise UsageError(
+                "--target-bpw writes several widths, which transformers loads only without zero points; "
+                "leave out --asymmetric, or use --wbits"
+            )
+
+    @property
+    def nominal_scheme(self) -> QuantScheme:
+        """The scheme that methods take their defaults from: with a target, the most whole bits that it holds."""
+        if self.target_bpw is None:
+            return self.scheme
+        return replace(self.scheme, bits=min(max(int(self.target_bpw), MIN_BITS), MAX_BITS))
 
     @classmethod
     def for_method(cls, model: str, method: str) -> Self:
@@ -90,7 +112,7 @@ class Recipe:
             UsageError: an unknown method or hyper-parameter, an order that is not the phases' order, or not exactly one
                 pass that rounds.
         """
-        built = {name: _build(name, options, self.scheme) for name, options in self.passes.items()}
+        built = {name: _build(name, options, self.nominal_scheme) for name, options in self.passes.items()}
         phases = [step.phase for step in built.values()]
         if phases != sorted(phases):
             order = " → ".join(f"{name} ({built[name].phase.name.lower()})" for name in built)
@@ -106,9 +128,10 @@ class Recipe:
             "model": self.model,
             "revision": self.revision,
             "seed": self.seed,
+            "target_bpw": self.target_bpw,
             "ignore": list(self.ignore),
             "rotate": self.rotate,
-            "scheme": asdict(self.scheme),
+            "scheme": asdict(self.scheme) | ({} if self.target_bpw is None else {"bits": None}),
             "calibration": asdict(self.calibration),
             "passes": steps,
         }
@@ -124,6 +147,8 @@ class Recipe:
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
             steps = _read_passes(table.pop("passes", []))
+            if "target_bpw" in table:
+                table["scheme"] = _scheme_of_target(table.get("scheme", {"group_size": DEFAULT_GROUP_SIZE}))
             if "scheme" in table:  # a table without group_size means one scale per row; no table means the default
                 table["scheme"] = _build_dataclass(QuantScheme, table["scheme"])
             table["calibration"] = _build_dataclass(Calibration, table.pop("calibration", {}))
@@ -149,6 +174,8 @@ def with_changes(
 ) -> Recipe:
     """Return the recipe with fields replaced.
 
+    `target_bpw` makes the scheme symmetric unless `symmetric` is among the changes, and `bits` takes a target away.
+
     Args:
         recipe: the recipe to start from.
         changes: fields of Recipe, QuantScheme or Calibration by their own names.
@@ -162,6 +189,7 @@ def with_changes(
     _refuse_unknown(changes, [*own, *scheme, *calibration], "a recipe")
     for kind, names in ((Recipe, own), (QuantScheme, scheme), (Calibration, calibration)):
         _refuse_misfits(kind, {name: value for name, value in changes.items() if name in names}, "the recipe")
+    changes = _settle_bits(changes)
     last = list(recipe.passes)[-1]
     passes = (
         {method: dict(options or {})} if method else {**recipe.passes, last: {**recipe.passes[last], **(options or {})}}
@@ -174,6 +202,24 @@ def with_changes(
     )
     changed.build_passes()
     return changed
+
+
+def _settle_bits(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the changes with what a target or a number of bits implies."""
+    if changes.get("target_bpw") is not None:
+        if "bits" in changes:
+            raise UsageError(
+                f"--wbits {changes['bits']} and --target-bpw {changes['target_bpw']:g} both say how many bits; give one"
+            )
+        return {"symmetric": True, **changes}
+    return {"target_bpw": None, **changes} if "bits" in changes else dict(changes)
+
+
+def _scheme_of_target(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the table `scheme` of a recipe that has a target."""
+    if "bits" in table:
+        raise ValueError("it has both target_bpw and scheme.bits; leave one out")
+    return {"symmetric": True, **table}
 
 
 def _read_passes(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

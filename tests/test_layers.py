@@ -16,7 +16,7 @@ LEVELS = [
     {"evaluation"},
     {"methods"},
     {"recipe"},
-    {"costs"},
+    {"costs", "allocation"},
     {"planning"},
     {"pipeline"},
     {"api", "catalogue", "display"},

@@ -221,3 +221,30 @@ def test_flags_become_a_recipe(tmp_path):
 
 def test_the_default_scheme_is_four_bits_in_groups_of_128():
     assert str(make_recipe("tiny").scheme) == "w4a16g128"
+
+
+def test_a_target_is_symmetric_and_spells_out_no_bits(tmp_path):
+    recipe = make_recipe("tiny", target_bpw=2.5)
+    assert recipe.scheme == QuantScheme(bits=4, group_size=128, symmetric=True)
+    assert str(recipe.nominal_scheme) == "w2a16g128s"
+    assert recipe.build_passes() == make_recipe("tiny", wbits=2, symmetric=True).build_passes()
+    assert "bits" not in recipe.to_toml()
+    assert Recipe.from_toml(saved(tmp_path, recipe.to_toml())).to_toml() == recipe.to_toml()
+
+
+@pytest.mark.parametrize("table", ["", "[scheme]\ngroup_size = 128"], ids=["no table", "a table"])
+def test_a_target_in_a_file_needs_no_scheme(tmp_path, table):
+    recipe = Recipe.from_toml(saved(tmp_path, f'model = "tiny"\ntarget_bpw = 3\n{table}'))
+    assert recipe.scheme == QuantScheme(group_size=128, symmetric=True)
+
+
+def test_a_target_and_bits_in_one_file_are_refused(tmp_path):
+    message = refusal(tmp_path, 'model = "tiny"\ntarget_bpw = 3\n[scheme]\nbits = 3')
+    assert message.endswith("it has both target_bpw and scheme.bits; leave one out")
+
+
+def test_bits_replace_a_target_and_a_target_replaces_bits():
+    target = make_recipe("tiny", target_bpw=3.25, group_size=32)
+    assert with_changes(target, {"bits": 5}) == make_recipe("tiny", wbits=5, group_size=32, symmetric=True)
+    plain = make_recipe("tiny", wbits=5, group_size=32)
+    assert str(with_changes(plain, {"target_bpw": 3.25}).nominal_scheme) == "w3a16g32s"

@@ -104,7 +104,11 @@ def _linear(
     assert isinstance(weight, Tensor)
     rows, columns = weight.shape
     prefix = packed.removesuffix("weight_packed")
-    yield from _layout(checkpoint, prefix, (rows, columns), QuantScheme.parse(quantization.scheme))
+    scheme = quantization.scheme_of(name)
+    if scheme is None:
+        yield f"{name} is stored packed, but config.json gives it no scheme"
+        return
+    yield from _layout(checkpoint, prefix, (rows, columns), scheme)
     found.sites.append(name)
     found.quantized += rows * columns
     for end in ("weight_packed", "weight_scale", "weight_zero_point"):

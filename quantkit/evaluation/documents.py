@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
 from quantkit.evaluation.manifest import CHECK, RECIPE, REPORT, recorded_logits
-from quantkit.exporters.compressed_tensors import scheme_of
+from quantkit.exporters.compressed_tensors import schemes_of
 from quantkit.model.checkpoint import INDEX
 
 T = TypeVar("T")
@@ -24,7 +24,10 @@ _MALFORMED = (ValueError, KeyError, IndexError, TypeError, AttributeError, Usage
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What report.json promises about the weights, and the facts that `check` repeats."""
+    """What report.json promises about the weights, and the facts that `check` repeats.
+
+    `schemes` gives the scheme of each linear where they were allocated one by one, and is empty otherwise.
+    """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     sha256: Mapping[str, str]
@@ -34,6 +37,7 @@ class Report:
     quantized_parameters: int
     sites: tuple[str, ...]
     scheme: str
+    schemes: Mapping[str, str]
     method: str
     device: str
     source: str
@@ -42,6 +46,8 @@ class Report:
     def parse(cls, text: str) -> Self:
         """Read report.json."""
         table = json.loads(text)
+        groups = table["allocation"]["groups"] if "allocation" in table else []
+        schemes = {str(n): str(QuantScheme.parse(group["scheme"])) for group in groups for n in group["linears"]}
         return cls(
             tensors={str(k): (str(kind), tuple(map(int, size))) for k, (kind, size) in table["tensors"].items()},
             sha256={str(name): str(digest) for name, digest in table["sha256"].items()},
@@ -50,7 +56,8 @@ class Report:
             parameters=int(table["parameters"]),
             quantized_parameters=int(table["quantized_parameters"]),
             sites=tuple(map(str, table["sites"])),
-            scheme=str(QuantScheme.parse(table["scheme"])),
+            scheme=str(table["scheme"] if schemes else QuantScheme.parse(table["scheme"])),
+            schemes=schemes,
             method=str(table["method"]),
             device=str(table["device"]),
             source=str(table["source"]["model"]),
@@ -79,16 +86,29 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """What config.json says of quantization: the scheme, and the linears that stay dense."""
+    """What config.json says of quantization: the scheme of each target, and the linears that stay dense."""
 
-    scheme: str
+    schemes: Mapping[str, QuantScheme]
     ignore: tuple[str, ...]
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read config.json."""
         config = json.loads(text)["quantization_config"]
-        return cls(scheme=str(scheme_of(config)), ignore=tuple(map(str, config["ignore"])))
+        schemes = schemes_of(config)
+        if not schemes:
+            raise ValueError("it names no scheme")
+        return cls(schemes=schemes, ignore=tuple(map(str, config["ignore"])))
+
+    @property
+    def scheme(self) -> QuantScheme | None:
+        """The scheme of all linears, None if there are several."""
+        distinct = set(self.schemes.values())
+        return distinct.pop() if len(distinct) == 1 else None
+
+    def scheme_of(self, linear: str) -> QuantScheme | None:
+        """Return the scheme of one linear, None if it has none."""
+        return self.scheme or self.schemes.get(linear)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +132,23 @@ def read_documents(output: Path) -> tuple[Documents, list[str]]:
         recipe_scheme=_read(output / RECIPE, _recipe_scheme, faults),
         index=_read(output / INDEX, _weight_map, faults),
     )
-    configured = documents.quantization and documents.quantization.scheme
-    reported = documents.report and documents.report.scheme
-    for name, scheme in ((RECIPE, documents.recipe_scheme), (REPORT, reported)):
-        if configured and scheme and scheme != configured:
-            faults.append(f"config.json says that the weights are {configured} but {name} says {scheme}")
-    return documents, faults
+    return documents, faults + at_most(_contradictions(documents))
+
+
+def _contradictions(documents: Documents) -> Iterator[str]:
+    """Yield where the documents disagree about the schemes."""
+    if documents.quantization is None:
+        return
+    configured = str(documents.quantization.scheme or "mixed")
+    report = documents.report
+    for linear, scheme in report.schemes.items() if report else ():
+        stored = documents.quantization.scheme_of(linear)
+        if str(stored) != scheme:
+            yield f"config.json says that {linear} is {stored or 'of no scheme'} but {REPORT} says {scheme}"
+    reported = report.scheme if report and not report.schemes else None
+    for name, said in ((RECIPE, documents.recipe_scheme), (REPORT, reported)):
+        if said and said != configured:
+            yield f"config.json says that the weights are {configured} but {name} says {said}"
 
 
 def at_most(lines: Iterable[str]) -> list[str]:
@@ -141,11 +172,12 @@ def _read(path: Path, parse: Callable[[str], T], faults: list[str]) -> T | None:
     return None
 
 
-def _recipe_scheme(text: str) -> str:
+def _recipe_scheme(text: str) -> str | None:
+    """Return the scheme of a recipe, None if it leaves the choice to a measurement."""
     table: dict[str, Any] = tomllib.loads(text)
     if not isinstance(table["model"], str):
         raise ValueError("`model` is not a string")
-    return str(QuantScheme(**table.get("scheme", {})))
+    return None if "target_bpw" in table else str(QuantScheme(**table.get("scheme", {})))
 
 
 def _weight_map(text: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 from safetensors import SafetensorError
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -55,6 +56,7 @@ def load_model(
         read_config(directory)
         loaded, loading = _from_pretrained(directory)
         _refuse_incomplete(directory, loading)
+        _unpack(loaded, directory)
         tokenizer = load_tokenizer(directory)
     _place(loaded, place)
     return loaded, tokenizer
@@ -62,9 +64,11 @@ def load_model(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and advice off the terminal; its settings come back afterwards."""
+    """Keep progress bars and advice of libraries off the terminal; their settings come back afterwards."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub_bars_were_off = are_progress_bars_disabled()
+    draw = tqdm.__init__  # compressed-tensors draws its bars with the plain class, which has no switch
+    tqdm.__init__ = lambda bar, *args, **options: draw(bar, *args, **options | {"disable": True})
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -72,6 +76,7 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        tqdm.__init__ = draw
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
@@ -100,6 +105,20 @@ def _from_pretrained(directory: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         raise ModelError(f"transformers cannot load {directory}: {_reason(error)}") from error
     model, loading = loaded
     return model, loading
+
+
+def _unpack(model: PreTrainedModel, directory: Path) -> None:
+    """Unpack weights that transformers would leave packed until the first forward, by running one token.
+
+    Here they still have the checkpoint's dtype, to which every user's are rounded; in float32 they would not be.
+    """
+    if not hasattr(model, "ct_decompress_hook"):
+        return
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+    except _FAULTS as error:
+        raise ModelError(f"transformers cannot unpack {directory}: {_reason(error)}") from error
 
 
 def _refuse_incomplete(directory: Path, loading: dict[str, Any]) -> None:

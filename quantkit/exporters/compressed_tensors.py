@@ -9,7 +9,8 @@ Per quantized linear N with weight (out, in) and b bits:
 
 The configuration asks transformers to dequantize while it loads: its other path fails on asymmetric checkpoints
 (llm-compressor issues 1618 and 1190), and unpacks to dense weights at the first forward anyway. vLLM does not read
-that key.
+that key. Dequantizing while loading takes one scheme for all linears, so a checkpoint with several schemes goes
+without the key and must be symmetric; there each scheme names its linears one by one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,10 +36,15 @@ class CompressedTensors:
         """Refuse what the format, as transformers loads it, cannot hold.
 
         Raises:
-            UsageError: more than one scheme (transformers dequantizes every dense layer by one scheme).
+            UsageError: several schemes, one of them with zero points (transformers 5.23 fails on them with and without
+                `dequantize`).
         """
-        if len(set(schemes.values())) > 1:
-            raise UsageError("compressed-tensors holds one scheme per checkpoint; use one scheme for all linears")
+        asymmetric = next((scheme for scheme in schemes.values() if not scheme.symmetric), None)
+        if asymmetric and len(set(schemes.values())) > 1:
+            raise UsageError(
+                f"several schemes in one checkpoint load only without zero points, but {asymmetric} has them; "
+                "make every scheme symmetric, or use one for all linears"
+            )
 
     def encode(self, quantized: QuantizedTensor) -> dict[str, Tensor]:
         """Return the tensors of one linear by the end of their name."""
@@ -86,42 +92,59 @@ class CompressedTensors:
             classes: names of the module classes that are quantized.
             dense: module names of the linears that stay dense.
         """
-        scheme = next(iter(schemes.values()))
-        weights = {
-            "num_bits": scheme.bits,
-            "type": "int",
-            "symmetric": scheme.symmetric,
-            "strategy": "group" if scheme.group_size else "channel",
-            "group_size": scheme.group_size,
-            "dynamic": False,
-        }
-        group = {
-            "targets": list(classes),
-            "format": NAME,  # compressed-tensors 0.18 and later read it here, not at the top
-            "weights": weights,
-            "input_activations": None,
-            "output_activations": None,
+        distinct = sorted(set(schemes.values()), key=str)
+        mixed = len(distinct) > 1
+        groups = {
+            f"group_{number}": _group(
+                scheme, [name for name in schemes if schemes[name] == scheme] if mixed else list(classes)
+            )
+            for number, scheme in enumerate(distinct)
         }
         return {
             "quant_method": "compressed-tensors",
             "format": NAME,
             "quantization_status": "compressed",
-            "dequantize": True,
+            **({} if mixed else {"dequantize": True}),
             "ignore": list(dense),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
-            "config_groups": {"group_0": group},
+            "config_groups": groups,
         }
+
+
+def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
+    """Return the entry of `config_groups` that gives `scheme` to the modules or classes `targets`."""
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "group" if scheme.group_size else "channel",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+    }
+    return {
+        "targets": targets,
+        "format": NAME,  # compressed-tensors 0.18 and later read it here, not at the top
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+    }
 
 
 METHOD = CompressedTensors
 
 
-def scheme_of(config: Mapping[str, Any]) -> QuantScheme:
-    """Return the scheme that a `quantization_config` written by `CompressedTensors.config` describes.
+def schemes_of(config: Mapping[str, Any]) -> dict[str, QuantScheme]:
+    """Return what a `quantization_config` written by `CompressedTensors.config` describes: target → scheme.
+
+    A target is the name of a module, or that of a class where there is one scheme alone.
 
     Raises:
-        KeyError, TypeError: it is not such a configuration.
+        KeyError, TypeError, AttributeError: it is not such a configuration.
     """
-    weights = config["config_groups"]["group_0"]["weights"]
-    return QuantScheme(bits=weights["num_bits"], group_size=weights["group_size"], symmetric=weights["symmetric"])
+    return {
+        target: QuantScheme(bits=weights["num_bits"], group_size=weights["group_size"], symmetric=weights["symmetric"])
+        for group in config["config_groups"].values()
+        for weights in [group["weights"]]
+        for target in group["targets"]
+    }

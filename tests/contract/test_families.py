@@ -32,7 +32,7 @@ class Case:
 
     def block(self, index):
         module = self.skeleton.load_block(index, self.checkpoint, torch.float32, CPU)
-        return Block(index=index, module=module, sites=[])
+        return Block(index=index, name="block", module=module, sites=[])
 
 
 @pytest.fixture(scope="module")

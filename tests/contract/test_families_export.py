@@ -92,3 +92,24 @@ def test_a_head_that_is_tied_by_the_config_but_stored_with_other_values(tmp_path
     edit_tensors(source, lambda tensors: tensors | {"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]})
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     assert_reloads(model, source, tmp_path / "output", GROUPS)
+
+
+@pytest.mark.skipif(OLD, reason="not tried with transformers 5.17")
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt-350m", "bloom", "phi3", "gpt_neox"])
+def test_several_schemes_in_one_checkpoint(tmp_path, family):
+    model = save_tiny(family, tmp_path / "source")
+    save_tokenizer(tmp_path / "source")
+    few = {"method": "rtn", "group_size": 32, "samples": 2, "seqlen": 2 * WINDOW, "device": "cpu"}
+    report = quantize(tmp_path / "source", output=tmp_path / "output", target_bpw=4, **few).report
+    chosen = {
+        n: QuantScheme.parse(group["scheme"]) for group in report["allocation"]["groups"] for n in group["linears"]
+    }
+    assert len(set(chosen.values())) > 1
+    for site, scheme in chosen.items():
+        weight = model.get_submodule(site).weight
+        rounded = round_to_nearest(weight, scheme, torch.float16)
+        # without `dequantize` transformers multiplies in the model's dtype, float32 here
+        steps = rounded.codes.float().unflatten(1, (rounded.scale.shape[1], -1))
+        weight.data.copy_((steps * rounded.scale.float().unsqueeze(-1)).flatten(1))
+    loaded = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "output", dtype=torch.float32))
+    torch.testing.assert_close(loaded, logits(model), rtol=0, atol=1e-6)

@@ -71,6 +71,12 @@ def shards(model: Path, **changes: torch.Tensor) -> None:
         pytest.param(2, ["tiny", "--method", "omniquan", "-o", "x"], ["did you mean omniquant"], id="method"),
         pytest.param(2, ["tiny", "--wbits", "9", "-o", "x"], ["2 to 8, not 9"], id="bits above"),
         pytest.param(2, ["tiny", "--wbits", "1", "-o", "x"], ["2 to 8, not 1"], id="bits below"),
+        pytest.param(2, ["tiny", "--target-bpw", "2", "-o", "x"], ["2.125", "at least 2.125"], id="target below"),
+        pytest.param(2, ["tiny", "--target-bpw", "9", "-o", "x"], ["8.125", "--wbits 8"], id="target above"),
+        pytest.param(2, ["tiny", "--target-bpw", "3", "--wbits", "3", "-o", "x"], ["give one"], id="target and bits"),
+        pytest.param(
+            2, ["tiny", "--target-bpw", "3", "--asymmetric"], ["--asymmetric", "zero points"], id="asymmetric"
+        ),
         pytest.param(2, ["tiny", "--group-size", "48", "-o", "x"], ["width 128", "16, 32, 64, 128"], id="group size"),
         pytest.param(2, ["tiny", "--group-size", "many", "-o", "x"], ["channel"], id="group size word"),
         pytest.param(2, ["tiny", "--ignore", "*.w_proj", "-o", "x"], ["'*.w_proj'", "model.layers.0"], id="glob"),

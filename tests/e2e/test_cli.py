@@ -195,3 +195,21 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path, sent):
     assert process.communicate(timeout=60)[1] == "error: interrupted; nothing was written\n"
     assert process.returncode == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_is_shown_before_and_after(tmp_path):
+    target = ["quantize", "tiny", *SMALL, "--method", "rtn", "--target-bpw", "3.5"]
+    facts = run_json(*target, "--dry-run")
+    assert (facts["target_bpw"], facts["bits_per_weight"]) == (3.5, 3.5)
+    shown = run(*target, "--dry-run")
+    assert "at most 3.50 bits per weight" in shown
+    assert "mixed 2-8 bit" in shown
+    picture = run(*target, "-o", tmp_path / "out").splitlines()
+    (header,) = (number for number, line in enumerate(picture) if "blocks 0 to 4" in line)
+    for line, group in zip(picture[header + 1 :], ("attention", "output", "mlp", "down"), strict=False):
+        name, digits, _ = line.split()
+        assert name == group
+        assert len(digits) == 5
+        assert set(digits) <= set("234568")
+    assert run_json("check", tmp_path / "out")["ok"]
+    assert "perplexity" in run("evaluate", tmp_path / "out", "--text", "embedded-test", "--seqlen", 64, "--windows", 1)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import quantkit
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
-from quantkit.exporters.compressed_tensors import CompressedTensors, scheme_of
+from quantkit.exporters.compressed_tensors import CompressedTensors, schemes_of
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.resources import data_dir
 
@@ -110,7 +110,7 @@ def test_the_configuration_is_one_of_compressed_tensors(outputs, text):
 
 @EVERY
 def test_the_configuration_names_its_scheme(outputs, text):
-    assert scheme_of(configuration(outputs / text)) == SCHEMES[text]
+    assert schemes_of(configuration(outputs / text)) == {"Linear": SCHEMES[text]}
 
 
 def test_linears_that_stay_dense_are_named(tmp_path):
@@ -124,6 +124,20 @@ def test_linears_that_stay_dense_are_named(tmp_path):
     assert torch.equal(loaded.get_submodule(ignored).weight, weight)
 
 
-def test_two_schemes_in_one_checkpoint_are_refused():
-    with pytest.raises(UsageError, match="one scheme per checkpoint"):
-        CompressedTensors().check({"a": QuantScheme(bits=3), "b": QuantScheme(bits=4)})
+def test_several_schemes_with_zero_points_are_refused():
+    symmetric = {"a": QuantScheme(bits=3, symmetric=True), "b": QuantScheme(bits=4, symmetric=True)}
+    CompressedTensors().check(symmetric)
+    with pytest.raises(UsageError, match="load only without zero points, but w2a16 has them"):
+        CompressedTensors().check({**symmetric, "c": QuantScheme(bits=2)})
+
+
+def test_several_schemes_are_one_group_each_in_the_eyes_of_compressed_tensors():
+    schemes = {
+        "m.0.a": QuantScheme(bits=3, symmetric=True),
+        "m.0.b": QuantScheme(bits=4, group_size=32, symmetric=True),
+    }
+    schemes["m.1.a"] = schemes["m.0.a"]
+    config = CompressedTensors().config(schemes, ["Linear"], ["lm_head"])
+    assert schemes_of(config) == schemes
+    groups = QuantizationConfig.model_validate(config).config_groups.values()
+    assert [(group.targets, group.weights.num_bits) for group in groups] == [(["m.0.a", "m.1.a"], 3), (["m.0.b"], 4)]

@@ -66,7 +66,7 @@ def window(block):
     ]
     noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
     window = Window(
-        blocks=[Block(index=0, module=module, sites=sites)],
+        blocks=[Block(index=0, name="block", module=module, sites=sites)],
         inputs=[hidden + 0.05 * hidden.std() * noise],
         targets=[module(hidden, **arguments.kwargs)],
         arguments=[[arguments]],
