@@ -186,6 +186,8 @@ def _workload(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> costs
         batch_size=recipe.calibration.batch_size,
         streams=2 + any(getattr(step, "aug_loss", False) for step in passes),
         updates=_updates_per_block(len(skeleton.blocks), passes),
+        forwards=sum(getattr(step, "forwards_per_window", 0) for step in passes),
+        hessian=_widest_hessian(skeleton, passes),
         device=device,
     )
 
@@ -197,6 +199,13 @@ def _updates_per_block(blocks: int, passes: Iterable[Pass]) -> float:
         span = min(blocks, step.blocks_at_once)
         total += step.updates_per_window * span * (blocks - span + 1)
     return total / blocks
+
+
+def _widest_hessian(skeleton: Skeleton, passes: Iterable[Pass]) -> int:
+    """Return the input features of the widest linear if a pass holds Hessians, otherwise 0."""
+    if not any(getattr(step, "second_order", False) for step in passes):
+        return 0
+    return max(_shape(module)[isinstance(module, nn.Linear)] for module in skeleton.block_linears(0).values())
 
 
 def _sequence_length(skeleton: Skeleton, recipe: Recipe) -> int:

@@ -106,7 +106,7 @@ def stored_grid(
     scheme: QuantScheme,
     scale_dtype: torch.dtype,
 ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
-    """Return the scale as it is stored, the same value in the dtype of the bounds, and the code that stands for zero."""
+    """Return the scale as it is stored, its value in the dtype of the bounds, and the code that stands for zero."""
     scale = step_size(low, high, scheme).to(scale_dtype)
     step = scale.to(low.dtype)
     return scale, step, zero_code(low, step, scheme)

@@ -1,8 +1,8 @@
 """Bounds of a group found by trial: the shrunken range whose grid fits the group's weights best.
 
-The smallest and largest weight of a group are not the best bounds at few bits: a narrower grid clips the outermost weights
-and places all others more finely. Frantar et al. (GPTQ, arXiv 2210.17323; the option `mse` of their code) try a row of
-shares p <= 1 and keep, for every group, the one with the smallest sum of |w - Q(w; p low, p high)|^2.4.
+The smallest and largest weight of a group are not the best bounds at few bits: a narrower grid clips the outermost
+weights and places all others more finely. Frantar et al. (GPTQ, arXiv 2210.17323; the option `mse` of their code) try a
+row of shares p <= 1 and keep, for every group, the one with the smallest sum of |w - Q(w; p low, p high)|^2.4.
 """
 
 import torch

@@ -51,22 +51,27 @@ class Curvature:
             damp: share of the mean of the diagonal to add to it; ten times as much for as long as H has no factor.
             act_order: begin with the columns of the largest diagonal, while all others can still make up for them.
         """
-        matrix = hessian.double()
-        diagonal = matrix.diagonal().clone()
+        diagonal = hessian.diagonal()
         mean = float(diagonal.mean()) or 1.0
         order = diagonal.argsort(descending=True, stable=True) if act_order else None
-        matrix = matrix.clone() if order is None else matrix[order][:, order]
+        matrix = (hessian if order is None else hessian[order][:, order]).to(torch.float64, copy=True)
         matrix.diagonal()[matrix.diagonal() == 0] = mean
-        matrix = matrix.flip(0, 1)  # with both ends exchanged, the lower factor of Cholesky is the upper one wanted
-        while True:
-            damped = matrix + damp * mean * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
-                break
-            damp = max(10 * damp, 1e-6)
+        # seen from its other end a lower factor is an upper one, so Cholesky's of the reversed matrix is what is wanted
+        factor, damp = _lower_factor(matrix.flip(0, 1), mean, damp)
         upper = factor.flip(0, 1)
-        feedback = (upper / upper.diagonal()).triu_(diagonal=1).float()
-        return cls(order=order, feedback=feedback, damp=damp)
+        upper /= upper.diagonal().clone()
+        return cls(order=order, feedback=upper.triu_(diagonal=1).float(), damp=damp)
+
+
+def _lower_factor(matrix: Tensor, mean: float, damp: float) -> tuple[Tensor, float]:
+    """Return the Cholesky factor of `matrix` + `damp` * `mean` on the diagonal, and the damp with which it has one."""
+    while True:
+        damped = matrix.clone()
+        damped.diagonal().add_(damp * mean)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return factor, damp
+        damp = max(10 * damp, 1e-6)
 
 
 @torch.no_grad()

@@ -43,7 +43,9 @@ def test_bounds_are_one_share_of_the_whole_range_and_hold_zero():
 
 def test_a_clipped_outlier_pays_at_few_bits_alone():
     weight = heavy_tailed()
-    shares = [searched_bounds(weight, QuantScheme(bits=bits))[1] / group_bounds(weight, QuantScheme())[1] for bits in (2, 8)]
+    shares = [
+        searched_bounds(weight, QuantScheme(bits=bits))[1] / group_bounds(weight, QuantScheme())[1] for bits in (2, 8)
+    ]
     assert shares[0].mean() < 0.9
     assert shares[1].mean() > 0.95
 

@@ -166,7 +166,7 @@ def test_no_input_at_all_leaves_rounding_to_nearest():
 
 
 def test_a_hessian_without_a_factor_is_damped_until_it_has_one():
-    weight, inputs = problem(seed=7, tokens=5)  # rank 5
+    _, inputs = problem(seed=7, tokens=5)  # rank 5
     curvature = Curvature.of(hessian(inputs) - 1e-3 * torch.eye(IN), damp=0.0)
     assert 0 < curvature.damp < 0.1
     assert curvature.feedback.isfinite().all()
