@@ -24,6 +24,7 @@ CALLS_PER_UPDATE = 130  # operations of any size that an update makes for each l
 SWEEPS_PER_DRAW = 10  # elementwise operations on the logits when a token is drawn, some of them in float64
 CALLS_PER_STEP = 20  # operations for each linear while the model writes one token of a text
 SWEEPS_PER_ROUNDING = 10  # the same for one clipping of a block that is rounded to measure its loss
+HESSIAN_BYTES = 32  # per entry of a Hessian, its factor and what is between them, mostly in float64
 OVERHEAD = 1.3  # everything else
 
 
@@ -44,7 +45,9 @@ class Workload:
         seqlen: tokens in one.
         batch_size: sequences in a batch.
         streams: copies of the hidden states that are kept.
-        updates: training updates, over one batch each, that a block takes part in; 0: nothing is learned.
+        updates: training updates, over one batch each, that a block takes part in; 0: nothing is trained.
+        forwards: forward passes of a block over all samples that the methods make besides.
+        hessian: inputs of the widest linear of which second moments are held; 0: of none.
         ties: groups of linears in a block whose loss is measured first; 0: none is.
         widths: how many widths each of them is measured at.
         device: where blocks are computed.
@@ -65,6 +68,8 @@ class Workload:
     batch_size: int
     streams: int
     updates: float
+    forwards: float
+    hessian: int
     device: torch.device
     ties: int = 0
     widths: int = 0
@@ -117,7 +122,7 @@ def duration(work: Workload) -> float:
     """Return the predicted seconds of the walk over the blocks, and of writing the text if the model does."""
     rate, sweep, call = machine_speed(work.device)
     forward = 2 * work.block_parameters * work.samples * work.seqlen / rate
-    forwards = 4 if work.updates else 3  # reference, rounded to nearest, (learned,) kept
+    forwards = work.forwards + (4 if work.updates else 3)  # reference, rounded to nearest, (learned,) kept
     batches = work.samples / work.batch_size
     update = SWEEPS_PER_UPDATE * work.block_parameters * sweep + CALLS_PER_UPDATE * work.block_linears * call
     training = work.updates * (3 * forward / batches + update)
@@ -177,4 +182,4 @@ def _block(work: Workload) -> float:
     weights = 4 * work.block_parameters * (1 + COPIES_ROUNDED + COPIES_TRAINED * learns)
     # an update saves the inputs and outputs of the linears and about as much again between them
     activations = 4 * work.batch_size * work.seqlen * work.block_features * (1 + learns)
-    return weights + activations
+    return weights + activations + HESSIAN_BYTES * work.hessian**2

@@ -240,6 +240,8 @@ def _workload(skeleton: Skeleton, recipe: Recipe, budget: Budget | None, device:
         batch_size=recipe.calibration.batch_size,
         streams=2 + any(getattr(step, "aug_loss", False) for step in passes),
         updates=_updates_per_block(len(skeleton.blocks), passes),
+        forwards=sum(getattr(step, "forwards_per_window", 0) for step in passes),
+        hessian=_widest_hessian(skeleton, passes),
         ties=len(budget.ties) // len(skeleton.blocks) if budget else 0,
         widths=len(budget.schemes) if budget else 0,
         device=device,
@@ -269,6 +271,13 @@ def _refuse_too_large_to_write(work: costs.Workload) -> None:
             f"--calibration self needs the whole model in memory, {needed / 1e9:.1f} GB on {work.device} where "
             f"{free / 1e9:.1f} GB are free; use --calibration embedded or a text file, or a smaller --seqlen"
         )
+
+
+def _widest_hessian(skeleton: Skeleton, passes: Iterable[Pass]) -> int:
+    """Return the input features of the widest linear if a pass holds Hessians, otherwise 0."""
+    if not any(getattr(step, "second_order", False) for step in passes):
+        return 0
+    return max(_shape(module)[isinstance(module, nn.Linear)] for module in skeleton.block_linears(0).values())
 
 
 def _sequence_length(skeleton: Skeleton, recipe: Recipe) -> int:

@@ -119,6 +119,9 @@ class Pass(Protocol):
     Attributes:
         phase: where it may stand in a recipe.
         learns: whether it learns from calibration data, so that more data makes it better and slower.
+
+    For predictions a pass may also have `forwards_per_window`, forward passes over all batches that it makes for each
+    window without an update, and `second_order`, true if it holds the Hessian of a linear.
     """
 
     phase: ClassVar[Phase]

@@ -1,6 +1,8 @@
 """Sums over the calibration tokens that reach the linears, kept once for all linears that share an input."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Protocol, Self, TypeVar
 
 import torch
@@ -116,3 +118,30 @@ def input_statistics(
         for batch in range(len(window.inputs)):
             window.forward(batch, parameters)
     return of_site
+
+
+def groups_in_order(window: Window) -> list[list[Site]]:
+    """Return the sites of the window, those that share an input together, in the order in which inputs reach them.
+
+    The order of a module's children is not that order in every family (Phi-3 lists `o_proj` before `qkv_proj`), so the
+    first batch is run and watched. Linears that it does not reach come last.
+    """
+    heard: list[_Turn] = []
+    first = replace(window, inputs=window.inputs[:1])
+    turns = input_statistics(first, lambda: _Turn(heard))
+    groups: dict[_Turn, list[Site]] = defaultdict(list)
+    for site in window.sites:
+        groups[turns[site.name]].append(site)
+    return [groups.pop(turn) for turn in heard] + list(groups.values())
+
+
+class _Turn:
+    """Enters itself in `heard` when the first input arrives."""
+
+    def __init__(self, heard: list["_Turn"]) -> None:
+        self.heard = heard
+
+    def add(self, inputs: Tensor) -> None:  # noqa: ARG002  that some came is enough
+        """Take the next turn, once."""
+        if self not in self.heard:
+            self.heard.append(self)

@@ -100,6 +100,18 @@ def stored(step: Float[Tensor, "out groups"], dtype: torch.dtype) -> Float[Tenso
     return step + (step.to(dtype).to(step.dtype) - step).detach()
 
 
+def stored_grid(
+    low: Float[Tensor, "out groups"],
+    high: Float[Tensor, "out groups"],
+    scheme: QuantScheme,
+    scale_dtype: torch.dtype,
+) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+    """Return the scale as it is stored, its value in the dtype of the bounds, and the code that stands for zero."""
+    scale = step_size(low, high, scheme).to(scale_dtype)
+    step = scale.to(low.dtype)
+    return scale, step, zero_code(low, step, scheme)
+
+
 def fake_quantize(  # noqa: PLR0913  the equation has that many symbols
     weight: Float[Tensor, "out in"],
     low: Float[Tensor, "out groups"],
@@ -152,18 +164,16 @@ def quantize(
     Rounding the scale first and the codes second means that what is stored is the best code for the scale that is
     stored, and that nothing is rounded again at export.
     """
-    scale = step_size(low, high, scheme).to(scale_dtype)
-    step = scale.to(weight.dtype)
-    zero = zero_code(low, step, scheme)
+    scale, step, zero = stored_grid(low, high, scheme, scale_dtype)
     grouped = weight.unflatten(1, (low.shape[1], -1))
     steps = grouped / step.unsqueeze(-1)
     if offset is not None:
         steps += offset.unflatten(1, (low.shape[1], -1))
     codes = steps.round() + zero.unsqueeze(-1)
     return QuantizedTensor(
-        codes=_to_int8(codes.flatten(1).clamp(scheme.smallest_code, scheme.largest_code)),
+        codes=to_int8(codes.flatten(1).clamp(scheme.smallest_code, scheme.largest_code)),
         scale=scale,
-        zero_point=None if scheme.symmetric else _to_int8(zero),
+        zero_point=None if scheme.symmetric else to_int8(zero),
         scheme=scheme,
     )
 
@@ -173,5 +183,6 @@ def round_to_nearest(weight: Float[Tensor, "out in"], scheme: QuantScheme, scale
     return quantize(weight, *group_bounds(weight, scheme), scheme, scale_dtype)
 
 
-def _to_int8(codes: Num[Tensor, "out any"]) -> Tensor:
+def to_int8(codes: Num[Tensor, "out any"]) -> Tensor:
+    """Return codes that are whole numbers as they are stored."""
     return codes.to(torch.int8)

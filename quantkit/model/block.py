@@ -53,6 +53,11 @@ class Site:
         return f"{self.name}.weight"
 
     @property
+    def transposed(self) -> bool:
+        """Whether the weight is (in, out)."""
+        return not isinstance(self.linear, nn.Linear)
+
+    @property
     def weight(self) -> Tensor:
         """The linear's weight as it is now."""
         weight = self.linear.weight

@@ -63,7 +63,7 @@ def test_a_method_can_be_asked_what_it_does(name):
     assert isinstance(method.learns, bool)
     made = method.for_scheme(QuantScheme(bits=2))
     assert isinstance(made, method)
-    assert (made.updates_per_batch > 0) == method.learns
+    assert method.learns or not made.updates_per_window  # what makes updates learns; one may learn without them
 
 
 @pytest.mark.parametrize(
