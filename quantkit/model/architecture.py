@@ -10,6 +10,8 @@ from typing import Any
 from quantkit.errors import UsageError
 from quantkit.resources import data_dir
 
+ROTARY = frozenset({"half", "interleaved", "none"})
+
 
 @dataclass(frozen=True, slots=True)
 class LinearGroup:
@@ -27,6 +29,28 @@ class LinearGroup:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """The linears of a block whose rows are queries, keys and values and nothing else.
+
+    Attributes:
+        query: name inside the block.
+        key: name inside the block.
+        value: name inside the block.
+        rotary: which channels of a head rotary positions mix: "half" those at i and i + d/2, "interleaved" those at 2i
+            and 2i + 1, "none" none.
+    """
+
+    query: str
+    key: str
+    value: str
+    rotary: str
+
+    def __post_init__(self) -> None:
+        if self.rotary not in ROTARY:
+            raise ValueError(f"rotary is {self.rotary!r}, known: {sorted(ROTARY)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """What quantkit needs to know of a model family beyond its transformers code.
 
@@ -37,6 +61,7 @@ class Architecture:
         when: values that config.json must have besides, for a family with several layouts.
         norm_offset: what the norms of `groups` add to their weight before they multiply by it.
         groups: which linears share an input, and what can absorb a scale of it.
+        attention: what makes queries, keys and values, None where no linears do that alone.
         renames: start of a checkpoint tensor name → start of the module tensor name, where they differ.
     """
 
@@ -46,6 +71,7 @@ class Architecture:
     when: Mapping[str, Any] = field(default_factory=dict)
     norm_offset: float = 0.0
     groups: tuple[LinearGroup, ...] = ()
+    attention: Attention | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -58,6 +84,8 @@ class Architecture:
         try:
             facts = tomllib.loads(path.read_text(encoding="utf-8"))
             groups = tuple(_group(entry) for entry in facts.pop("groups", []))
+            if (attention := facts.pop("attention", None)) is not None:
+                facts["attention"] = Attention(**attention)
             model_types = _names(facts.pop("model_types"))
             return cls(name=path.stem, model_types=model_types, groups=groups, **facts)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
