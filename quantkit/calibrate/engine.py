@@ -136,7 +136,15 @@ class Engine:
         prefix = self.skeleton.module_name(index, "")
         stored = {n: self.skeleton.stored_name(prefix + n, self.checkpoint) for n, _ in module.named_parameters()}
         dtypes = {n: TORCH_DTYPES[self.checkpoint.tensors[source].dtype] for n, source in stored.items() if source}
-        return Block(index=index, name=prefix.rstrip("."), module=module, sites=sites, dtypes=dtypes)
+        return Block(
+            index=index,
+            name=prefix.rstrip("."),
+            module=module,
+            sites=sites,
+            dtypes=dtypes,
+            architecture=family,
+            config=self.skeleton.config,
+        )
 
     def _check_sample(self, batches: Sequence[Tensor], actual: Sequence[Tensor]) -> CheckSample:
         """Return the finished model's logits at the head of the first sequences; a causal model needs no more."""

@@ -5,12 +5,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from quantkit.errors import UsageError
 from quantkit.resources import data_dir
 
 ROTARY = frozenset({"half", "interleaved", "none"})
+
+
+class HasTextConfig(Protocol):
+    """A transformers configuration."""
+
+    def get_text_config(self) -> Any:  # noqa: ANN401  its attributes differ between families
+        """Return the part that describes the language model."""
 
 
 @dataclass(frozen=True, slots=True)

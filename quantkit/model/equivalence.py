@@ -20,24 +20,17 @@ The functions here are pure and differentiable in scale and shift; `fold` writes
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.model.architecture import Architecture, Attention
+from quantkit.model.architecture import Architecture, Attention, HasTextConfig
 from quantkit.model.block import Block
 from quantkit.model.skeleton import LINEARS
 
 Kind = Literal["norm", "value", "query-key", "up"]
 _ORDER: tuple[Kind, ...] = ("norm", "value", "query-key", "up")
-
-
-class HasTextConfig(Protocol):
-    """A transformers configuration."""
-
-    def get_text_config(self) -> Any:  # noqa: ANN401  its attributes differ between families
-        """Return the part that describes the language model."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,6 +79,13 @@ def find_pairs(
     found = [*_after_pairs(module, architecture, config), _query_key(module, architecture.attention, config)]
     pairs = [pair for pair in found if isinstance(pair, Pair) and (let_down or pair.kind != "up")]
     return sorted(pairs, key=lambda pair: _ORDER.index(pair.kind)), [text for text in found if isinstance(text, str)]
+
+
+def pairs_of(block: Block, *, let_down: bool = False) -> tuple[list[Pair], list[str]]:
+    """Return what `find_pairs` finds in a block that knows its model's configuration."""
+    if block.config is None:
+        return [], ["all: the block does not know its model's configuration"]
+    return find_pairs(block.module, block.architecture, block.config, let_down=let_down)
 
 
 def transform(
