@@ -124,9 +124,9 @@ FUSED_EXPERTS: dict[str, PreTrainedConfig] = {
 }
 
 
-def save_tiny(family: str, directory: Path, seed: int = 0) -> PreTrainedModel:
-    """Write a model of `family` with random weights, norms and biases included, and return it."""
-    config = (FAMILIES | FUSED_EXPERTS)[family]
+def save_tiny(family: str, directory: Path, seed: int = 0, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """Write a model of `family` (or of `config`) with random weights, norms and biases included, and return it."""
+    config = config or (FAMILIES | FUSED_EXPERTS)[family]
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -182,7 +182,15 @@ class Engine:
                 )
         prefix = self.skeleton.module_name(index, "")
         dtypes = {n: dtype for n, _ in module.named_parameters() if (dtype := self._stored_dtype(prefix + n))}
-        block = Block(index=index, name=prefix.rstrip("."), module=module, sites=sites, dtypes=dtypes)
+        block = Block(
+            index=index,
+            name=prefix.rstrip("."),
+            module=module,
+            sites=sites,
+            dtypes=dtypes,
+            architecture=family,
+            config=self.skeleton.config,
+        )
         if self.rotation:
             block.changed |= {*self.rotation.rotate_block(module)} - {f"{site.local_name}.weight" for site in sites}
             for name in block.changed:  # what is calibrated is what is stored

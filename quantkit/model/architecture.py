@@ -5,10 +5,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from quantkit.errors import UsageError
 from quantkit.resources import data_dir
+
+ROTARY = frozenset({"half", "interleaved", "none"})
+
+
+class HasTextConfig(Protocol):
+    """A transformers configuration."""
+
+    def get_text_config(self) -> Any:  # noqa: ANN401  its attributes differ between families
+        """Return the part that describes the language model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +36,28 @@ class LinearGroup:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """The linears of a block whose rows are queries, keys and values and nothing else.
+
+    Attributes:
+        query: name inside the block.
+        key: name inside the block.
+        value: name inside the block.
+        rotary: which channels of a head rotary positions mix: "half" those at i and i + d/2, "interleaved" those at 2i
+            and 2i + 1, "none" none.
+    """
+
+    query: str
+    key: str
+    value: str
+    rotary: str
+
+    def __post_init__(self) -> None:
+        if self.rotary not in ROTARY:
+            raise ValueError(f"rotary is {self.rotary!r}, known: {sorted(ROTARY)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """What quantkit needs to know of a model family beyond its transformers code.
 
@@ -38,6 +69,7 @@ class Architecture:
         norm_offset: what the norms of `groups` add to their weight before they multiply by it.
         writes: linears whose outputs are what a block adds to the residual stream; none where a norm follows them.
         groups: which linears share an input, and what can absorb a scale of it.
+        attention: what makes queries, keys and values, None where no linears do that alone.
         renames: start of a checkpoint tensor name → start of the module tensor name, where they differ.
     """
 
@@ -48,6 +80,7 @@ class Architecture:
     norm_offset: float = 0.0
     writes: tuple[str, ...] = ()
     groups: tuple[LinearGroup, ...] = ()
+    attention: Attention | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -60,6 +93,8 @@ class Architecture:
         try:
             facts = tomllib.loads(path.read_text(encoding="utf-8"))
             groups = tuple(_group(entry) for entry in facts.pop("groups", []))
+            if (attention := facts.pop("attention", None)) is not None:
+                facts["attention"] = Attention(**attention)
             model_types = _names(facts.pop("model_types"))
             writes = _names(facts.pop("writes", []))
             return cls(name=path.stem, model_types=model_types, groups=groups, writes=writes, **facts)

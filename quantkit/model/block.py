@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import QuantScheme
+from quantkit.model.architecture import Architecture, HasTextConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,8 @@ class Block:
         dtypes: name inside the block → dtype of the stored parameter.
         changed: names inside the block of parameters besides the sites' weights that a pass gave other values; they are
             written with these values, which therefore must be exact in the stored dtype.
+        architecture: facts of the family, None if no file of the model zoo describes it.
+        config: the model's configuration.
     """
 
     index: int
@@ -85,6 +88,8 @@ class Block:
     sites: Sequence[Site]
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
+    architecture: Architecture | None = None
+    config: HasTextConfig | None = None
 
     def forward(self, hidden: Tensor, arguments: Arguments, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the block's output hidden states, (batch, tokens, width).

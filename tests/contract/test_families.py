@@ -103,6 +103,8 @@ def test_a_file_names_the_blocks_and_every_linear_once(case, family):
         named = Counter(linear for group in groups for linear in group.linears)
         assert named == Counter(list(skeleton.block_linears(index)))
         assert {group.after for group in groups} - {None} <= set(dict(block.named_modules()))
+        attention = skeleton.architecture.attention
+        assert attention is None or {attention.query, attention.key, attention.value} <= set(named)
     assert len({group.name for group in groups}) == len(groups)
 
 
