@@ -52,21 +52,14 @@ def test_a_file_becomes_an_architecture(read):
         ("output", None, ("o",)),
     ]
     assert facts.norm_offset == 1.0
-<<<<<<< HEAD
     assert facts.writes == ("o",)
-=======
     assert facts.attention == Attention(query="q", key="k", value="v", rotary="interleaved")
->>>>>>> equivalence
 
 
 def test_what_a_file_may_leave_out(read):
     facts = read('model_types = ["one"]\nblocks = "layers"')
-<<<<<<< HEAD
     assert (facts.groups, facts.renames, facts.when, facts.norm_offset, facts.writes) == ((), {}, {}, 0.0, ())
-=======
-    assert (facts.groups, facts.renames, facts.when, facts.norm_offset) == ((), {}, {}, 0.0)
     assert facts.attention is None
->>>>>>> equivalence
 
 
 def test_a_linear_without_a_group_is_its_own(read):
@@ -108,16 +101,13 @@ def test_renames_replace_the_start_of_a_name(read):
         ('model_types = "one"\nblocks = "layers"', "'one' is no list of names"),
         ('model_types = ["one"]\nblocks = "layers"\nheads = 2', "heads"),
         ('model_types = ["one"]\nblocks = "layers"\ngroups = 2', "not iterable"),
-<<<<<<< HEAD
         ('model_types = ["one"]\nblocks = "layers"\nwrites = "o"', "'o' is no list of names"),
-=======
         ('model_types = ["one"]\nblocks = "layers"\nattention = "q"', "must be a mapping"),
         ('model_types = ["one"]\nblocks = "layers"\n[attention]\nquery = "q"', "missing 3 required"),
         (
             f'model_types = ["one"]\nblocks = "layers"\n{ATTENTION}rotary = "full"',
             r"rotary is 'full', known: \['half', 'interleaved', 'none'\]",
         ),
->>>>>>> equivalence
         (
             'model_types = ["one"]\nblocks = "layers"\n[[groups]]\nname = "a"\nlinears = [1]',
             "is no list of names",
