@@ -1,10 +1,10 @@
-"""End-to-end distillation of scales: the whole quantized model learns the original's logits, its codes stay as they are.
+"""End-to-end distillation of scales: the whole quantized model learns the original's logits, its codes as they are.
 
 Chen et al., EfficientQAT, arXiv 2407.11062, section 3.3 (E2E-QP), with the original model's distribution in the place of
-the text's tokens: minimise KL(original || quantized) over the scales of every group, and the norms' weights.
+the text's tokens: minimise KL(original || quantized) over the scale of every group and the weights of the norms.
 
-Codes, zero points and format do not change. Blocks are computed again in the backward pass (Chen et al., arXiv 1604.06174),
-so beside the codes only one block and the hidden states between blocks are in memory.
+Codes, zero points and format do not change. A block is computed again in the backward pass (Chen et al., arXiv
+1604.06174), so besides the codes only one block and the hidden states between blocks are in memory.
 """
 
 from collections.abc import Iterator
@@ -17,38 +17,46 @@ from torch.utils.checkpoint import checkpoint
 
 from quantkit.calibrate.passes import Phase, Window
 from quantkit.core.affine import stored
+from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
 from quantkit.model.block import Block, Site
-from quantkit.train.fit import ADAM, SIGN, ParameterGroup, Schedule, fit
+from quantkit.train.fit import SCHEDULES, ParameterGroup, Schedule, fit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distill:
-    """Distillation of scales and norms over the whole model.
+    """Distillation of scales and norms over the whole model; learning rates grow with the square root of the batch.
 
     Attributes:
         updates: updates, over one batch each.
-        lr: learning rate of the scales, as a share of each, times the square root of the batch.
-        norms_lr: learning rate of the norms' weights, as a share of each, times the square root of the batch; 0 leaves
-            them alone.
-        schedule: what becomes of the learning rates.
+        lr: learning rate of the scales, as a share of each.
+        norms_lr: learning rate of the norms' weights, as a share of each; 0 leaves them as they are.
+        schedule: what becomes of the learning rates; batches come in random order.
+        amp: compute matrix products in bfloat16 while training, as GPUs always do.
     """
 
     phase: ClassVar[Phase] = Phase.COMPENSATE
     learns: ClassVar[bool] = True
 
-    updates: int = 160
+    updates: int = 64
     lr: float = 1e-3
     norms_lr: float = 1e-3
-    codes_lr: float = 0.0
-    sign: bool = False
-    amp: bool = False
     schedule: Schedule = "cosine"
+    amp: bool = False
+
+    def __post_init__(self) -> None:
+        if self.updates < 0:
+            raise UsageError(f"updates must not be negative, not {self.updates}")
+        if not self.lr > 0 or not self.norms_lr >= 0:
+            raise UsageError(f"lr must be positive and norms_lr at least 0, not {self.lr} and {self.norms_lr}")
+        if self.schedule not in SCHEDULES:
+            raise UsageError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
 
     @classmethod
     def for_scheme(cls, scheme: QuantScheme) -> "Distill":
-        return cls()
+        """Return the setting for `scheme`: the fewer bits, the farther the scales have to go."""
+        return cls(lr=3e-3, norms_lr=3e-3) if scheme.bits == 2 else cls()
 
     @property
     def blocks_at_once(self) -> int:
@@ -60,33 +68,27 @@ class Distill:
         """Updates of the whole model."""
         return self.updates
 
+    @torch.enable_grad()
     def apply(self, window: Window) -> None:
         """Learn the scales of every site of the model."""
-        root = len(window.inputs[0]) ** 0.5
-        scales = {site.parameter: _Scale(site, self.codes_lr > 0) for site in window.sites}
-        norms = dict(_norms(window)) if self.norms_lr else {}
-        factors = {name: nn.Parameter(torch.zeros_like(value)) for name, value in norms.items()}
+        scales = {site.parameter: _Scale(site) for site in window.sites}
+        norms = {name: _Norm(block, local) for block in window.blocks for name, local in self._norm_names(block)}
 
-        def block(place: int, batch: int, hidden: Tensor) -> Tensor:
-            own = window.blocks[place]
-            parameters = {site.parameter: scales[site.parameter]() for site in own.sites}
-            parameters |= {
-                name: norms[name] * (1 + factor) for name, factor in factors.items() if name.startswith(own.name + ".")
-            }
-            return window.step(place, batch, hidden, parameters)
+        def run(place: int, batch: int, hidden: Tensor) -> Tensor:
+            own = f"{window.blocks[place].name}."
+            parameters = {name: made() for name, made in {**scales, **norms}.items() if name.startswith(own)}
+            return window.step(place, batch, hidden, parameters, student=True)
 
         def loss(batch: int) -> Tensor:
             hidden = window.inputs[batch].to(window.device).requires_grad_()
             for place in range(len(window.blocks)):
-                hidden = checkpoint(block, place, batch, hidden, use_reentrant=False)
+                hidden = checkpoint(run, place, batch, hidden, use_reentrant=False)
             return divergence(window, batch, hidden)
 
+        root = len(window.inputs[0]) ** 0.5
         groups = [ParameterGroup(parameters=[scale.factor for scale in scales.values()], lr=self.lr * root)]
-        if factors:
-            groups.append(ParameterGroup(parameters=list(factors.values()), lr=self.norms_lr * root))
-        if self.codes_lr:
-            latents = [scale.latent for scale in scales.values() if scale.latent is not None]
-            groups.append(ParameterGroup(parameters=latents, lr=self.codes_lr if self.sign else self.codes_lr * root, betas=SIGN if self.sign else ADAM))
+        if norms:
+            groups.append(ParameterGroup(parameters=[n.factor for n in norms.values()], lr=self.norms_lr * root))
         window.amp = self.amp
         result = fit(
             groups,
@@ -100,72 +102,78 @@ class Distill:
         window.amp = False
         window.notes["divergence"] = result.losses
         for site in window.sites:
-            assert site.quantized is not None
-            made = scales[site.parameter]
-            site.quantized = replace(site.quantized, scale=made.value().detach().to(site.scale_dtype), codes=made.codes().detach().to(torch.int8))
-        for own in window.blocks:
-            for name in list(factors):
-                if name.startswith(own.name + "."):
-                    local = name.removeprefix(own.name + ".")
-                    value = norms[name] * (1 + factors[name].detach())
-                    own.module.get_parameter(local).data = value.to(own.dtypes[local]).to(value.dtype)
-                    own.changed.add(local)
+            site.quantized = scales[site.parameter].finished()
+        for norm in norms.values():
+            norm.finish()
+
+    def _norm_names(self, block: Block) -> Iterator[tuple[str, str]]:
+        """Yield the full and the local name of the weights of a block's norms: its only vectors besides biases."""
+        quantized = {id(site.weight) for site in block.sites}
+        for name, parameter in block.module.named_parameters() if self.norms_lr else ():
+            if parameter.ndim == 1 and name.endswith("weight") and id(parameter) not in quantized:
+                yield f"{block.name}.{name}", name
 
 
 class _Scale(nn.Module):
     """The scales of one site, s (1 + factor), and the weight that its codes make with them."""
 
-    def __init__(self, site: Site, learn: bool) -> None:
+    def __init__(self, site: Site) -> None:
         super().__init__()
-        assert site.quantized is not None
-        self.quantized = site.quantized
+        assert site.quantized is not None, f"{site.name} was not rounded"
+        self.quantized: QuantizedTensor = site.quantized
         self.scale = site.quantized.scale.float()
         self.factor = nn.Parameter(torch.zeros_like(self.scale))
-        self.latent = nn.Parameter(site.latent) if learn and site.latent is not None else None
-
-    def codes(self):
-        if self.latent is None:
-            return self.quantized.codes.float()
-        q = self.latent.clamp(self.quantized.scheme.smallest_code, self.quantized.scheme.largest_code)
-        return q + (q.round() - q).detach()
 
     def value(self) -> Tensor:
         """Return the scales as they are stored, (out, groups) float32."""
-        return stored((self.scale * (1 + self.factor)), self.quantized.scale.dtype)
+        return stored(self.scale * (1 + self.factor), self.quantized.scale.dtype)
 
     def forward(self) -> Tensor:
         """Return the weight, (out, in) float32."""
-        steps = self.codes().unflatten(1, (self.scale.shape[1], -1))
+        steps = self.quantized.codes.float().unflatten(1, (self.scale.shape[1], -1))
         if self.quantized.zero_point is not None:
-            steps = steps - self.quantized.zero_point.float().unsqueeze(-1)
+            steps -= self.quantized.zero_point.float().unsqueeze(-1)
         return (steps * self.value().unsqueeze(-1)).flatten(1)
 
+    def finished(self) -> QuantizedTensor:
+        """Return the same codes with the learned scales."""
+        return replace(self.quantized, scale=self.value().detach().to(self.quantized.scale.dtype))
 
-def _norms(window: Window) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of the norms, the only vectors of a block besides biases, by full name."""
-    quantized = {id(site.weight) for site in window.sites}
-    for block in window.blocks:
-        for name, parameter in block.module.named_parameters():
-            if parameter.ndim == 1 and name.endswith("weight") and id(parameter) not in quantized:
-                yield f"{block.name}.{name}", parameter.detach()
+
+class _Norm(nn.Module):
+    """The weight of one norm, w (1 + factor)."""
+
+    def __init__(self, block: Block, name: str) -> None:
+        super().__init__()
+        self.block, self.name, self.weight = block, name, block.module.get_parameter(name).detach()
+        self.factor = nn.Parameter(torch.zeros_like(self.weight))
+
+    def forward(self) -> Tensor:
+        """Return the weight as it is stored."""
+        return stored(self.weight * (1 + self.factor), self.block.dtypes[self.name])
+
+    def finish(self) -> None:
+        """Write the weight into the block."""
+        self.block.module.get_parameter(self.name).data = self().detach()
+        self.block.changed.add(self.name)
 
 
 def divergence(window: Window, batch: int, hidden: Tensor) -> Tensor:
     """Return KL(original || quantized) in nats per token for the quantized model's last hidden states.
 
     The vocabulary makes logits the largest tensors of all: they are made and differentiated one sequence at a time, and
-    what is returned has their gradient.
+    what is returned passes their gradient on to `hidden`, (batch, tokens, width).
     """
-    assert window.head is not None
+    assert window.head is not None, "the pass needs a window of the whole model"
     total, gradients = 0.0, []
     for row in range(len(hidden)):
-        with torch.no_grad(), torch.autocast(hidden.device.type, torch.bfloat16, enabled=window.amp):
-            target = window.head(batch, row, window.targets[batch][row : row + 1].to(hidden)).log_softmax(-1)
-        with torch.enable_grad(), torch.autocast(hidden.device.type, torch.bfloat16, enabled=window.amp):
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=window.amp or hidden.device.type == "cuda"):
+            with torch.no_grad():
+                target = window.head(batch, row, window.targets[batch][row : row + 1].to(hidden)).log_softmax(-1)
             leaf = hidden[row : row + 1].detach().requires_grad_()
             guess = window.head(batch, row, leaf).log_softmax(-1)
-            value = (target.exp() * (target - guess)).sum() / (hidden.shape[0] * hidden.shape[1])
-            (gradient,) = torch.autograd.grad(value, leaf)
+            value = (target.exp() * (target - guess)).sum() / hidden.shape[:2].numel()
+        (gradient,) = torch.autograd.grad(value, leaf)
         total += float(value.detach())
         gradients.append(gradient)
     surrogate = (hidden * torch.cat(gradients)).sum()

@@ -1,70 +1,114 @@
-"""OmniQuant: learnable weight clipping, trained block by block (Shao et al., arXiv 2308.13137, sections 3.1 and 3.2).
+"""OmniQuant: clipping and equivalent transforms, learned block by block (Shao et al., arXiv 2308.13137).
 
-Each group's bounds shrink by a learned share of its smallest and largest weight,
+Each group's bounds shrink by a learned share of its smallest and largest weight (LWC, section 3.2),
 
     low = sigmoid(beta) * min(w)        high = sigmoid(gamma) * max(w)
 
-and gamma and beta minimise || F(W, X) - F(Q(W), X') ||^2 over the output of a window of blocks, where X is the reference
-stream and X' the actual one. With `aug_loss` the term || F(W, X') - F(Q(W), X') ||^2 is added.
+scales move between norms, values, queries and keys and the linears that read them (LET, section 3.3), and both minimise
+|| F(W, X) - F(Q(W), Q(X')) ||^2 over the output of a window of blocks, where X is the reference stream and X' the actual
+one. With `aug_loss` the term || F(W, X') - F(Q(W), Q(X')) ||^2 is added.
 
 Past the paper, in the same loop: windows of several blocks that slide by one (CBQ, arXiv 2312.07950), learned rounding
-(AdaRound, arXiv 2004.10568; SignRound, arXiv 2309.05516) and learned weights (EfficientQAT, arXiv 2407.11062).
+(AdaRound, arXiv 2004.10568; SignRound, arXiv 2309.05516), learned weights (EfficientQAT, arXiv 2407.11062), and a start
+from GPTQ's weights.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantkit.calibrate.passes import Phase, Window
+from quantkit.calibrate.statistics import Range, input_statistics
 from quantkit.core.affine import round_to_nearest
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.scheme import QuantScheme
+from quantkit.core.scheme import UNQUANTIZED, QuantScheme
 from quantkit.errors import UsageError
 from quantkit.model.block import Site
-from quantkit.train.fit import SIGN, ParameterGroup, fit
-from quantkit.train.trainables import WeightQuantizer
+from quantkit.quantizers.gptq import GPTQ
+from quantkit.train.fit import SCHEDULES, SIGN, ParameterGroup, Schedule, fit
+from quantkit.train.trainables import BlockTransform, WeightQuantizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class OmniQuant:
-    """OmniQuant; the defaults are those of the official scripts for weight-only quantization.
+    """OmniQuant; `for_scheme` gives the settings of the official scripts.
+
+    Learning rates are for one sequence per batch; they grow with the square root of the batch.
 
     Attributes:
         updates: updates for each window, over one batch each.
-        lwc_lr: learning rate of gamma and beta, times the square root of the batch.
-        rounding: learn the rounding too.
-        rounding_lr: the share of a step that an update moves an offset, at the start.
-        weights: learn the weights too.
-        weights_lr: learning rate of the weights, in steps, times the square root of the batch.
+        lwc: learn the clipping.
+        lwc_lr: learning rate of gamma and beta.
+        let: learn equivalent transforms.
+        let_lr: learning rate of scales and shifts.
+        let_down: transform between up_proj and down_proj too, which the paper does not.
+        alpha: power of the activations' magnitude in the scales at the start.
+        rounding: learn which of the two neighbouring levels each weight takes.
+        rounding_lr: how far an update moves a weight at the start, in steps; it does not grow with the batch.
+        weights: learn the weights themselves.
+        weights_lr: learning rate of the weights, in steps.
         aug_loss: add the distance to what the original blocks make of the actual stream.
         window: blocks that are optimised together.
-        schedule: what becomes of the learning rates: constant, linear or cosine.
+        init: where rounding and weights start: the original weights (`nearest`) or those that GPTQ rounds (`gptq`).
+        schedule: what becomes of the learning rates; batches come in random order unless it is `constant`.
+        amp: compute matrix products in bfloat16 while training, as GPUs always do.
     """
 
     phase: ClassVar[Phase] = Phase.ROUND
     learns: ClassVar[bool] = True
 
     updates: int = 2560
+    lwc: bool = True
     lwc_lr: float = 1e-2
+    let: bool = False
+    let_lr: float = 5e-3
+    let_down: bool = False
+    alpha: float = 0.5
     rounding: bool = False
     rounding_lr: float = 5e-3
     weights: bool = False
-    weights_lr: float = 1e-3
-    learn_zero: bool = False
+    weights_lr: float = 2e-3
     aug_loss: bool = False
     window: int = 1
-    schedule: str = "constant"
-    intermediate: bool = False
+    init: Literal["nearest", "gptq"] = "nearest"
+    schedule: Schedule = "constant"
     amp: bool = False
+
+    def __post_init__(self) -> None:
+        if self.updates < 0:
+            raise UsageError(f"updates must not be negative, not {self.updates}")
+        if self.window < 1:
+            raise UsageError(f"window must be at least 1 block, not {self.window}")
+        for name in ("lwc_lr", "let_lr", "rounding_lr", "weights_lr"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 <= self.alpha <= 1:
+            raise UsageError(f"alpha must be between 0 and 1, not {self.alpha}")
+        for name, known in (("schedule", SCHEDULES), ("init", ("nearest", "gptq"))):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.rounding and self.weights:
+            raise UsageError("rounding and weights both move the weights before they are rounded; choose one")
+        if self.init == "gptq" and (self.let or not (self.rounding or self.weights)):
+            raise UsageError("init gptq is a start for rounding or weights, without let; leave it out otherwise")
 
     @classmethod
     def for_scheme(cls, scheme: QuantScheme) -> "OmniQuant":
-        """Return the paper's setting for `scheme`: at 2 bits 40 epochs with `aug_loss`, otherwise 20 without."""
-        return cls(updates=5120, aug_loss=True) if scheme.bits == 2 else cls()
+        """Return the paper's setting for `scheme` (appendix A1, and the official scripts).
+
+        40 epochs of 128 sequences at 2 bits, otherwise 20; the augmented loss at 2 bits and at W4A4; transforms where
+        activations are quantized.
+        """
+        activations = scheme.activation_bits != UNQUANTIZED
+        return cls(
+            updates=5120 if scheme.bits == 2 else 2560,
+            aug_loss=scheme.bits == 2 or scheme.activation_bits <= 4,
+            let=activations,
+        )
 
     @property
     def blocks_at_once(self) -> int:
@@ -77,25 +121,49 @@ class OmniQuant:
         return self.updates
 
     def apply(self, window: Window) -> None:
-        """Learn the clipping of every site of the window and quantize with it."""
+        """Learn what is to be learned about the window, and quantize with it."""
         if not window.sites:
             return
-        quantizers = {site.parameter: self._quantizer(site) for site in window.sites}
+        quantizers = self._quantizers(window)
+        transforms = self._transforms(window)
+        diverged = self._train(window, quantizers, transforms)
+        before = [{n: p.detach().clone() for n, p in t.block.module.named_parameters()} for t in transforms]
+        changed = [set(t.block.changed) for t in transforms]
+        for transform in transforms:
+            transform.fold()
+        for site in window.sites if transforms else []:
+            quantizers[site.parameter].take(site.weight)
+        learned = {site.parameter: quantizers[site.parameter].quantize() for site in window.sites}
+        reason = self._reason_to_fall_back(window, learned, diverged=diverged)
+        if reason:
+            window.notes["fallback"] = f"rtn, because {reason}"
+            for transform, values, names in zip(transforms, before, changed, strict=True):
+                transform.block.module.load_state_dict(values, strict=False, assign=False)
+                transform.block.changed = names
+        for site in window.sites:
+            plain = reason and round_to_nearest(site.weight, site.scheme, site.scale_dtype)
+            site.quantized = plain or learned[site.parameter]
+            site.learned = None if reason else quantizers[site.parameter]
+
+    def _train(
+        self, window: Window, quantizers: dict[str, WeightQuantizer], transforms: Sequence[BlockTransform]
+    ) -> bool:
+        """Minimise the window's error; return whether it diverged."""
         extra = self._augmented_targets(window)
 
         def loss(batch: int) -> Tensor:
-            weights = {site.parameter: quantizers[site.parameter](site.weight) for site in window.sites}
-            value, losses = window.inputs[batch].to(window.device), []
-            for place in range(len(window.blocks)):
-                value = window.step(place, batch, value, weights)
-                if self.intermediate or place == len(window.blocks) - 1:
-                    losses.append((value.float() - window.references[place][batch].to(value).float()).square().mean())
-            losses += [(value.float() - target.to(value)).square().mean() for target in extra[batch : batch + 1]]
-            return torch.stack(losses).sum()
+            parameters: dict[str, Tensor] = {}
+            for transform in transforms:
+                parameters |= transform()
+            for name, quantizer in quantizers.items():
+                parameters[name] = quantizer(parameters.get(name))
+            output = window.forward(batch, parameters, student=True).float()
+            targets = [window.targets[batch], *extra[batch : batch + 1]]
+            return torch.stack([(output - target.to(output)).square().mean() for target in targets]).sum()
 
         window.amp = self.amp
         result = fit(
-            self._groups(quantizers, math.sqrt(len(window.inputs[0]))),
+            self._groups(quantizers.values(), transforms, math.sqrt(len(window.inputs[0]))),
             loss,
             batches=len(window.inputs),
             updates=self.updates,
@@ -104,30 +172,52 @@ class OmniQuant:
             generator=torch.Generator().manual_seed(window.seed) if self.schedule != "constant" else None,
         )
         window.amp = False
-        learned = {site.name: quantizers[site.parameter].quantize(site.weight) for site in window.sites}
-        reason = self._reason_to_fall_back(window, learned, diverged=result.diverged)
-        if reason:
-            window.notes["fallback"] = f"rtn, because {reason}"
-        for site in window.sites:
-            plain = reason and round_to_nearest(site.weight, site.scheme, site.scale_dtype)
-            site.quantized = plain or learned[site.name]
-            site.latent = None if plain else quantizers[site.parameter].latent(site.weight, site.quantized)
+        if result.diverged and result.losses:
+            window.notes["diverged"] = f"after {len(result.losses)} passes over the batches, the best of which is kept"
+        return result.diverged and not result.losses
 
-    def _quantizer(self, site):
-        if site.learned is None:
-            site.learned = WeightQuantizer(
-                site.weight,
-                site.scheme,
-                site.scale_dtype,
-                offset=self.rounding or self.weights,
-                learn_zero=self.learn_zero,
+    def _quantizers(self, window: Window) -> dict[str, WeightQuantizer]:
+        """Return the quantizer of every site by parameter name, those of an earlier window as they are."""
+        quantizers = {site.parameter: site.learned or self._quantizer(site) for site in window.sites}
+        new = [site for site in window.sites if site.learned is None]
+        if self.init == "gptq" and new:
+            moved = GPTQ(search=False).solve(window)
+            for site in new:
+                quantizers[site.parameter].start_from(moved[site.name][1])
+        return quantizers
+
+    def _quantizer(self, site: Site) -> WeightQuantizer:
+        offset = self.rounding or self.weights
+        return WeightQuantizer(site.weight.detach(), site.scheme, site.scale_dtype, clip=self.lwc, offset=offset)
+
+    def _transforms(self, window: Window) -> list[BlockTransform]:
+        """Return the transforms of the window's blocks; those of an earlier window are folded already."""
+        if not self.let:
+            return []
+        ranges = input_statistics(window, Range)
+        fresh = len(window.blocks) - window.fresh
+        return [
+            BlockTransform(
+                block,
+                ranges if place >= fresh else {},
+                alpha=self.alpha,
+                let_down=self.let_down,
+                shift=any(site.scheme.activation_bits != UNQUANTIZED for site in block.sites),
             )
-        return site.learned
+            for place, block in enumerate(window.blocks)
+        ]
 
-    def _groups(self, quantizers, root):
-        clips = [p for q in quantizers.values() for p in (q.gamma, q.beta)]
-        groups = [ParameterGroup(parameters=clips, lr=self.lwc_lr * root)]
-        offsets = [q.offset for q in quantizers.values() if q.offset is not None]
+    def _groups(
+        self, quantizers: Sequence[WeightQuantizer], transforms: Sequence[nn.Module], root: float
+    ) -> list[ParameterGroup]:
+        groups = []
+        if self.lwc:
+            clips = [parameter for quantizer in quantizers for parameter in (quantizer.gamma, quantizer.beta)]
+            groups.append(ParameterGroup(parameters=clips, lr=self.lwc_lr * root))
+        if transforms:
+            moving = [parameter for transform in transforms for parameter in transform.parameters()]
+            groups.append(ParameterGroup(parameters=moving, lr=self.let_lr * root))
+        offsets = [quantizer.offset for quantizer in quantizers if quantizer.offset is not None]
         if self.rounding:
             groups.append(ParameterGroup(parameters=offsets, lr=self.rounding_lr, betas=SIGN, limit=0.5))
         if self.weights:
@@ -135,7 +225,7 @@ class OmniQuant:
         return groups
 
     def _reason_to_fall_back(
-        self, window: Window, learned: Mapping[str, QuantizedTensor], *, diverged: bool
+        self, window: Window, learned: dict[str, QuantizedTensor], *, diverged: bool
     ) -> str | None:
         """Say why plain rounding is to be kept instead of what was learned, None if it is not.
 
@@ -146,7 +236,7 @@ class OmniQuant:
             return "training diverged"
         if not self.updates:
             return None
-        error = window.error({site.parameter: _dense(site, learned) for site in window.sites})
+        error = window.error({name: quantized.dequantize().float() for name, quantized in learned.items()})
         return (
             None if error <= window.error_rtn else f"its error {window.error_rtn:.3g} is below the learned {error:.3g}"
         )
@@ -157,10 +247,6 @@ class OmniQuant:
         if not self.aug_loss:
             return []
         return [window.forward(batch).to(window.targets[batch].dtype) for batch in range(len(window.inputs))]
-
-
-def _dense(site: Site, quantized: Mapping[str, QuantizedTensor]) -> Tensor:
-    return quantized[site.name].dequantize().to(site.weight.dtype)
 
 
 METHOD = OmniQuant

@@ -1,7 +1,7 @@
 """The one training loop: minimise a loss over batches, update after update.
 
-Its length is stated in updates, not in epochs, so that it means the same for every batch size; the learning rates grow with
-the square root of the batch (Hoffer et al., arXiv 1705.08741, section 4), which the caller applies.
+Its length is stated in updates, not in epochs, so that it means the same for every batch size; callers let the learning
+rates grow with the square root of the batch (Hoffer et al., arXiv 1705.08741, section 4).
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Schedule = Literal["constant", "linear", "cosine"]
+SCHEDULES = ("constant", "linear", "cosine")
 ADAM = (0.9, 0.999)
 SIGN = (0.0, 0.0)  # AdamW without memory moves every parameter by its learning rate: sign descent
 

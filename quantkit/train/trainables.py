@@ -1,14 +1,21 @@
-"""What can be learned about the quantization of one weight matrix: its clipping, its rounding, the weight itself."""
+"""What can be learned about a block: the clipping, rounding and values of its weights, and its equivalent transforms."""
+
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from quantkit.calibrate.statistics import Range
 from quantkit.core.affine import fake_quantize, group_bounds, quantize
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import QuantScheme
+from quantkit.model.block import Block
+from quantkit.model.equivalence import Pair, fold, pairs_of, transform_all
 
 INITIAL_LOGIT = 4.0  # sigmoid(4) = 0.982014: almost the whole range, with a gradient
+SMALLEST_SCALE = 1e-2  # of a transform, so that no channel of a 16-bit model overflows
+SMALLEST_MAGNITUDE = 1e-5
 
 
 class WeightQuantizer(nn.Module):
@@ -21,7 +28,9 @@ class WeightQuantizer(nn.Module):
     between the two neighbouring levels (learned rounding: Nagel et al., arXiv 2004.10568; Cheng et al., arXiv
     2309.05516); without a limit it moves the weight anywhere (Chen et al., EfficientQAT, arXiv 2407.11062).
 
-    The bounds of a weight that is itself being transformed are found again in every call, and carry gradients.
+    Attributes:
+        weight: w, where nothing else is given in a call.
+        clip: whether the clipping is used; otherwise bounds are the smallest and largest weight.
     """
 
     def __init__(
@@ -30,48 +39,119 @@ class WeightQuantizer(nn.Module):
         scheme: QuantScheme,
         scale_dtype: torch.dtype,
         *,
+        clip: bool = True,
         offset: bool = False,
-        learn_zero: bool = False,
     ) -> None:
         super().__init__()
-        self.scheme, self.scale_dtype, self.learn_zero = scheme, scale_dtype, learn_zero
+        self.weight, self.scheme, self.scale_dtype, self.clip = weight, scheme, scale_dtype, clip
         self.low, self.high = group_bounds(weight, scheme)
         self.gamma = nn.Parameter(torch.full_like(self.high, INITIAL_LOGIT))
         self.beta = nn.Parameter(torch.full_like(self.low, INITIAL_LOGIT))
         self.offset = nn.Parameter(torch.zeros_like(weight)) if offset else None
 
-    def bounds(
-        self, weight: Float[Tensor, "out in"]
-    ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
-        """Return the clipped bounds (low, high)."""
-        low, high = group_bounds(weight, self.scheme) if weight.requires_grad else (self.low, self.high)
-        return low * self.beta.sigmoid(), high * self.gamma.sigmoid()
+    def start_from(self, moved: Float[Tensor, "out in"]) -> None:
+        """Let the rounding start from another weight, for example GPTQ's, on the grid of this one."""
+        self.weight = moved
 
-    def forward(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """Return the fake-quantized weight."""
+    def bounds(
+        self, weight: Float[Tensor, "out in"] | None = None
+    ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+        """Return the clipped bounds (low, high), of `weight` where one is given."""
+        low, high = (self.low, self.high) if weight is None else group_bounds(weight, self.scheme)
+        return (low * self.beta.sigmoid(), high * self.gamma.sigmoid()) if self.clip else (low, high)
+
+    def forward(self, weight: Float[Tensor, "out in"] | None = None) -> Float[Tensor, "out in"]:
+        """Return the fake-quantized weight.
+
+        A `weight` that is being transformed takes the place of the own one; its bounds are found again and carry
+        gradients.
+        """
         return fake_quantize(
-            weight,
+            self.weight if weight is None else weight,
             *self.bounds(weight),
             self.scheme,
             offset=self.offset,
             scale_dtype=self.scale_dtype,
-            learn_zero=self.learn_zero,
         )
 
-    @torch.no_grad()
-    def quantize(self, weight: Float[Tensor, "out in"]) -> QuantizedTensor:
-        """Return the weight quantized with what was learned."""
+    def take(self, weight: Float[Tensor, "out in"]) -> None:
+        """Let `weight`, into which a transform was folded, take the place of the own one."""
+        self.weight = weight
         self.low, self.high = group_bounds(weight, self.scheme)
-        return quantize(weight, *self.bounds(weight), self.scheme, self.scale_dtype, self.offset)
 
     @torch.no_grad()
-    def latent(self, weight: Float[Tensor, "out in"], quantized: QuantizedTensor) -> Float[Tensor, "out in"] | None:
-        """Return the codes of `quantized`, which `quantize` made, as they were before rounding; None without offset."""
-        if self.offset is None:
-            return None
-        groups = (quantized.scale.shape[1], -1)
-        steps = weight.unflatten(1, groups) / quantized.scale.float().unsqueeze(-1)
-        steps += self.offset.unflatten(1, groups)
-        if quantized.zero_point is not None:
-            steps += quantized.zero_point.unsqueeze(-1)
-        return steps.flatten(1)
+    def quantize(self) -> QuantizedTensor:
+        """Return the weight quantized with what was learned."""
+        return quantize(self.weight, *self.bounds(), self.scheme, self.scale_dtype, self.offset)
+
+
+class BlockTransform(nn.Module):
+    """The learnable equivalent transforms of one block (arXiv 2308.13137, section 3.3): scales and shifts by pair.
+
+    Scales begin at max|x|^alpha / max|w|^(1 - alpha) of each channel, those of queries and keys at one; shifts at the
+    middle of the channel's range.
+
+    Attributes:
+        block: the block; it changes only in `fold`.
+        pairs: where scales can move in it.
+        skipped: where they cannot, and why.
+    """
+
+    def __init__(self, block: Block, inputs: Mapping[str, Range], *, alpha: float, let_down: bool, shift: bool) -> None:
+        """Start from the ranges of the linears' inputs, by full module name."""
+        super().__init__()
+        self.block = block
+        self.pairs, self.skipped = pairs_of(block, let_down=let_down)
+        self.scales, self.shifts = nn.ParameterDict(), nn.ParameterDict()
+        weights = dict(block.module.named_parameters())
+        for pair in self.pairs:
+            reach = inputs.get(f"{block.name}.{pair.targets[0]}")
+            key = pair.name.replace(".", "_")
+            if pair.kind == "query-key" or reach is None:
+                size = (pair.size,)
+                self.scales[key] = nn.Parameter(weights[f"{pair.source}.weight"].new_ones(size, dtype=torch.float32))
+                continue
+            columns = torch.stack([_columns(weights[f"{name}.weight"], pair) for name in pair.targets]).amax(dim=0)
+            largest = _by_free(reach.largest, pair).clamp(min=SMALLEST_MAGNITUDE)
+            wide = _by_free(columns, pair).clamp(min=SMALLEST_MAGNITUDE)
+            start = (largest.pow(alpha) / wide.pow(1 - alpha)).clamp(min=SMALLEST_SCALE)
+            self.scales[key] = nn.Parameter(start)
+            if shift and pair.shift:
+                self.shifts[key] = nn.Parameter(((reach.low + reach.high) / 2).clone())
+
+    def forward(self) -> dict[str, Tensor]:
+        """Return the transformed parameters of the block by full name; gradients flow to scales and shifts."""
+        self.keep_from_zero()
+        changed = transform_all(self.pairs, dict(self.block.module.named_parameters()), *self._by_pair())
+        return {f"{self.block.name}.{name}": value for name, value in changed.items()}
+
+    @torch.no_grad()
+    def keep_from_zero(self) -> None:
+        """Keep the magnitude of every scale above the floor, its sign as it is."""
+        for scale in self.scales.values():
+            small = scale.abs() < SMALLEST_SCALE
+            scale[small] = torch.where(scale[small] < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
+
+    def fold(self) -> None:
+        """Write the transforms into the block."""
+        self.keep_from_zero()
+        fold(self.pairs, self.block, *self._by_pair())
+
+    def _by_pair(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        keys = {pair.name: pair.name.replace(".", "_") for pair in self.pairs}
+        return (
+            {name: self.scales[key] for name, key in keys.items() if key in self.scales},
+            {name: self.shifts[key] for name, key in keys.items() if key in self.shifts},
+        )
+
+
+def _columns(weight: Tensor, pair: Pair) -> Tensor:
+    """Return the largest magnitude in each input channel of a linear, (in,)."""
+    return weight.detach().abs().amax(dim=1 if pair.transposed else 0)
+
+
+def _by_free(values: Tensor, pair: Pair) -> Tensor:
+    """Return (size,): the largest of the channels that share a scale."""
+    if pair.of_target is None:
+        return values
+    return values.new_zeros(pair.size).scatter_reduce(0, pair.of_target, values, "amax")
