@@ -3,6 +3,7 @@ import torch
 from families import WITHOUT_FILE, save_tiny, save_tokenizer
 
 import quantkit
+from quantkit import costs
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
 from quantkit.model.checkpoint import BYTES, Checkpoint
@@ -67,6 +68,18 @@ def test_predictions_grow_with_the_work():
     assert 0 < small.memory_bytes < large.memory_bytes
     assert 0 < small.seconds < large.seconds
     assert small.device_bytes == large.device_bytes == 0
+
+
+@pytest.mark.parametrize(("family", "widest"), [("llama", 128), ("gpt2", 128), ("bloom", 256)])
+def test_second_moments_count_by_the_widest_input(monkeypatch, tmp_path, family, widest):
+    save_tiny(family, tmp_path)
+    save_tokenizer(tmp_path)
+    seen = []
+    monkeypatch.setattr(costs, "duration", lambda work: seen.append(work) or 0.0)
+    fields = FEW | {"wbits": 3, "group_size": 32}
+    memory = [quantkit.plan(tmp_path, **fields | {"method": method}).memory_bytes for method in ("rtn", "gptq")]
+    assert [(work.hessian, work.forwards) for work in seen] == [(0, 0), (widest, 6)]
+    assert memory[0] <= memory[1]
 
 
 def test_a_plan_computes_nothing(tmp_path, monkeypatch):

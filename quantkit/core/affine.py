@@ -95,8 +95,8 @@ def zero_code(
     return ((-low / step).detach().round() + scheme.smallest_code).clamp(scheme.smallest_code, scheme.largest_code)
 
 
-def stored(step: Float[Tensor, "out groups"], dtype: torch.dtype) -> Float[Tensor, "out groups"]:
-    """Return the step rounded to the dtype in which it is stored, with the gradient passed straight through."""
+def stored(step: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+    """Return values rounded to the dtype in which they are stored, with the gradient passed straight through."""
     return step + (step.to(dtype).to(step.dtype) - step).detach()
 
 

@@ -173,12 +173,12 @@ def test_a_negative_damp_is_refused():
 
 
 def test_the_embedded_model_reads_better_than_after_rounding(tmp_path):
-    few = {"calibration": "embedded", "samples": 16, "seqlen": 128, "wbits": 2, "group_size": 32, "device": "cpu"}
+    few = {"calibration": "embedded", "samples": 8, "seqlen": 128, "wbits": 2, "group_size": 32, "device": "cpu"}
     perplexity, errors = {}, {}
     for method in ("rtn", "gptq"):
         result = quantkit.quantize("tiny", output=tmp_path / method, method=method, batch_size=8, **few)
         errors[method] = [block["error"] for block in result.report["blocks"]]
-        judged = api.evaluate(tmp_path / method, text="embedded-test", seqlen=64, windows=64, device="cpu")
+        judged = api.evaluate(tmp_path / method, text="embedded-test", seqlen=128, windows=12, device="cpu")
         perplexity[method] = judged.perplexity
     assert all(ours < theirs for ours, theirs in zip(errors["gptq"], errors["rtn"], strict=True))
     assert perplexity["gptq"] < perplexity["rtn"]
