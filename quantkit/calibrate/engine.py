@@ -17,6 +17,7 @@ from quantkit.calibrate.passes import Pass, Window
 from quantkit.calibrate.record import Recording, finish, record
 from quantkit.core.affine import round_to_nearest
 from quantkit.core.scheme import QuantScheme
+from quantkit.model.activations import Activations
 from quantkit.model.block import Block, Site
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.skeleton import Skeleton
@@ -53,7 +54,12 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckSample:
-    """Token sequences (sequences, tokens) and the calibrated model's logits (sequences, tokens, vocabulary) float32."""
+    """Token sequences (sequences, tokens) and the calibrated model's logits (sequences, tokens, vocabulary) float32.
+
+    The logits are those of the finished weights with activations as they are, whatever the schemes say of them:
+    rounding turns differences of 1e-7 between two machines into differences of its own size, and then nothing could
+    be told from the logits.
+    """
 
     tokens: Tensor
     logits: Tensor
@@ -102,16 +108,18 @@ class Engine:
         reference = [hidden.to(self.storage) for hidden in recording.hidden]
         recording.hidden.clear()  # the streams move on; what they were need not stay in memory
         actual = list(reference)
+        plain = actual[: _check_batches(batches)]
         reports = []
         for index in range(len(self.skeleton.blocks)):
             window = self._open(index, recording, reference, actual, listener)
             reports.append(self._process(index, window, actual))
+            self._advance_plain(window, plain, actual)
             emit(window)
             del window
             release_freed()
             listener.block(reports[-1])
             listener.progress(index + 1, len(self.skeleton.blocks))
-        return reports, self._check_sample(batches, actual)
+        return reports, self._check_sample(batches, plain)
 
     @torch.no_grad()
     def _open(
@@ -133,7 +141,7 @@ class Engine:
             tick=lambda share: listener.progress(index + share, total),
         )
         for batch, hidden in enumerate(reference):
-            reference[batch] = window.forward(batch, hidden=hidden).to(self.storage)
+            reference[batch] = window.forward(batch, hidden=hidden, student=False).to(self.storage)
         return window
 
     def _process(self, index: int, window: Window, actual: list[Tensor]) -> BlockReport:
@@ -150,6 +158,15 @@ class Engine:
 
         error = window.error(keep=advance)
         return BlockReport(index=index, error_rtn=window.error_rtn, error=error, notes=window.notes)
+
+    @torch.no_grad()
+    def _advance_plain(self, window: Window, plain: list[Tensor], actual: Sequence[Tensor]) -> None:
+        """Advance the stream of the check sample: the actual one without quantized activations."""
+        quantizes = any(scheme.quantizes_activations for scheme in self.schemes.values())
+        for batch, hidden in enumerate(plain):
+            plain[batch] = (
+                window.forward(batch, hidden=hidden, student=False).to(self.storage) if quantizes else actual[batch]
+            )
 
     def _load(self, index: int) -> Block:
         module = self.skeleton.load_block(index, self.checkpoint, torch.float32, self.device)
@@ -168,17 +185,23 @@ class Engine:
                         scale_dtype=self.scale_dtype,
                     )
                 )
-        return Block(index=index, module=module, sites=sites)
+        names = [site.local_name for site in sites]
+        activations = Activations(module, names, sites[0].scheme) if sites else None
+        return Block(index=index, module=module, sites=sites, activations=activations)
 
-    def _check_sample(self, batches: Sequence[Tensor], actual: Sequence[Tensor]) -> CheckSample:
+    def _check_sample(self, batches: Sequence[Tensor], plain: Sequence[Tensor]) -> CheckSample:
         """Return the finished model's logits at the head of the first sequences; a causal model needs no more."""
-        count = -(-CHECK_SEQUENCES // batches[0].shape[0])  # batches that hold that many sequences
-        tokens = torch.cat([batch[:, :CHECK_TOKENS] for batch in batches[:count]])[:CHECK_SEQUENCES]
-        hidden = torch.cat([batch[:, :CHECK_TOKENS] for batch in actual[:count]])[:CHECK_SEQUENCES].float()
+        tokens = torch.cat([batch[:, :CHECK_TOKENS] for batch in batches[: len(plain)]])[:CHECK_SEQUENCES]
+        hidden = torch.cat([batch[:, :CHECK_TOKENS] for batch in plain])[:CHECK_SEQUENCES].float()
         with self.skeleton.outer_weights(self.checkpoint, torch.float32, self.device):
             # one sequence at a time: a large vocabulary makes logits the largest tensor of the whole run
             logits = [finish(self.skeleton, tokens[i : i + 1], hidden[i : i + 1]).cpu() for i in range(len(tokens))]
         return CheckSample(tokens=tokens, logits=torch.cat(logits))
+
+
+def _check_batches(batches: Sequence[Tensor]) -> int:
+    """Return how many batches hold the sequences of the check sample."""
+    return -(-CHECK_SEQUENCES // batches[0].shape[0])
 
 
 def _rtn_weight(site: Site) -> Tensor:

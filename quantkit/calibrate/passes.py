@@ -51,17 +51,25 @@ class Window:
         """All quantized linears of the window."""
         return [site for block in self.blocks for site in block.sites]
 
-    def forward(self, batch: int, weights: dict[str, Tensor] | None = None, hidden: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: int,
+        weights: dict[str, Tensor] | None = None,
+        hidden: Tensor | None = None,
+        *,
+        student: bool = True,
+    ) -> Tensor:
         """Return the window's output for a batch of the actual stream, or for `hidden`, (batch, tokens, width).
 
-        `weights` replaces the weights of the named sites (full names); gradients flow to them. On a GPU the matrix
+        `weights` replaces the weights of the named sites (full names); gradients flow to them. Activations are
+        quantized for the `student` alone: what the original blocks compute is computed without. On a GPU the matrix
         products run in bfloat16 under autocast, on a CPU everything is float32.
         """
         value = (self.inputs[batch] if hidden is None else hidden).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             for block, arguments in zip(self.blocks, self.arguments[batch], strict=True):
                 own = {site.local_name: weights[site.name] for site in block.sites} if weights else None
-                value = block.forward(value, arguments, own)
+                value = block.forward(value, arguments, own, quantized=student)
         return value
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """One decoder layer in memory, and the record of what is decided about each of its linears."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.func import functional_call
 
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import QuantScheme
+from quantkit.model.activations import Activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +55,30 @@ class Site:
 
 @dataclass(kw_only=True)
 class Block:
-    """One decoder layer: its place, its module, its quantized sites."""
+    """One decoder layer: its place, its module, its quantized sites, the activations that are quantized around them."""
 
     index: int
     module: nn.Module
     sites: Sequence[Site]
+    activations: Activations | None = None
 
-    def forward(self, hidden: Tensor, arguments: Arguments, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        arguments: Arguments,
+        weights: Mapping[str, Tensor] | None = None,
+        *,
+        quantized: bool = False,
+    ) -> Tensor:
         """Return the block's output hidden states, (batch, tokens, width).
 
         `weights` replaces the weights of the named linears (local names) for this call; gradients flow to
-        them.
+        them. With `quantized` the block's activations are quantized, if its scheme says so.
         """
+        with self.activations.quantized() if quantized and self.activations else nullcontext():
+            return self._forward(hidden, arguments, weights)
+
+    def _forward(self, hidden: Tensor, arguments: Arguments, weights: Mapping[str, Tensor] | None) -> Tensor:
         inputs = (hidden, *arguments.args)
         if weights:
             replaced = {f"{name}.weight": weight for name, weight in weights.items()}
