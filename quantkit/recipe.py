@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from math import isfinite
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import tomli_w
 
@@ -257,12 +257,16 @@ def _refuse_misfits(kind: type, values: Mapping[str, Any], where: str) -> None:
 def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401  a type, or a form of the typing module
     if isinstance(hint, UnionType):
         return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
     if hint in (int, float) and isinstance(value, bool):
         return False  # Python counts True as an int; a recipe does not
     return isinstance(value, (int, float) if hint is float else get_origin(hint) or hint)
 
 
 def _describe(hint: Any) -> str:  # noqa: ANN401
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
     parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     words = {
         int: "an integer",

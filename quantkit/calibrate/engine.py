@@ -18,6 +18,7 @@ from quantkit.calibrate.passes import Pass, Window
 from quantkit.calibrate.record import Recording, finish, make_head, record
 from quantkit.core.affine import round_to_nearest
 from quantkit.core.scheme import QuantScheme
+from quantkit.model.activations import Activations
 from quantkit.model.block import Block, Site
 from quantkit.model.checkpoint import TORCH_DTYPES, Checkpoint
 from quantkit.model.rotation import Rotation
@@ -55,7 +56,12 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckSample:
-    """Token sequences (sequences, tokens) and the calibrated model's logits (sequences, tokens, vocabulary) float32."""
+    """Token sequences (sequences, tokens) and the calibrated model's logits (sequences, tokens, vocabulary) float32.
+
+    The logits are those of the finished weights with activations as they are, whatever the schemes say of them:
+    rounding turns differences of 1e-7 between two machines into differences of its own size, and then nothing could
+    be told from the logits.
+    """
 
     tokens: Tensor
     logits: Tensor
@@ -109,7 +115,8 @@ class Engine:
         recording.hidden.clear()  # the streams move on; what they were need not stay in memory
         whole = [step for step in self.passes if not step.blocks_at_once]
         start = list(actual) if whole else []
-        walk = _Walk(self, recording, actual, listener)
+        plain = actual[: -(-CHECK_SEQUENCES // batches[0].shape[0])]  # batches that hold that many sequences
+        walk = _Walk(self, recording, actual, plain, listener)
         reports, finished = [], []
         for index in range(len(self.skeleton.blocks)):
             block, report = walk.advance(index)
@@ -126,11 +133,11 @@ class Engine:
         if whole:
             window = walk.whole(finished, start)
             self._apply_to_whole(whole, window, batches)
-            for batch in range(len(actual)):
-                actual[batch] = window.forward(batch, dense(window.sites)).to(self.storage)
+            weights = dense(window.sites)
+            plain = [window.forward(batch, weights).to(self.storage) for batch in range(len(plain))]
             for block in finished:
                 emit(block)
-        return reports, self._check_sample(batches, actual)
+        return reports, self._check_sample(batches, plain)
 
     def _apply_to_whole(self, passes: Sequence[Pass], window: Window, batches: Sequence[Tensor]) -> None:
         """Apply the passes that need the model from end to end."""
@@ -182,6 +189,7 @@ class Engine:
                 )
         prefix = self.skeleton.module_name(index, "")
         dtypes = {n: dtype for n, _ in module.named_parameters() if (dtype := self._stored_dtype(prefix + n))}
+        names = [site.local_name for site in sites]
         block = Block(
             index=index,
             name=prefix.rstrip("."),
@@ -190,19 +198,19 @@ class Engine:
             dtypes=dtypes,
             architecture=family,
             config=self.skeleton.config,
+            activations=Activations(module, names, sites[0].scheme) if sites else None,
         )
         if self.rotation:
-            block.changed |= {*self.rotation.rotate_block(module)} - {f"{site.local_name}.weight" for site in sites}
+            block.changed |= {*self.rotation.rotate_block(module)} - {f"{name}.weight" for name in names}
             for name in block.changed:  # what is calibrated is what is stored
                 parameter = module.get_parameter(name)
                 parameter.data = parameter.data.to(dtypes[name]).to(parameter.dtype)
         return block
 
-    def _check_sample(self, batches: Sequence[Tensor], actual: Sequence[Tensor]) -> CheckSample:
+    def _check_sample(self, batches: Sequence[Tensor], plain: Sequence[Tensor]) -> CheckSample:
         """Return the finished model's logits at the head of the first sequences; a causal model needs no more."""
-        count = -(-CHECK_SEQUENCES // batches[0].shape[0])  # batches that hold that many sequences
-        tokens = torch.cat([batch[:, :CHECK_TOKENS] for batch in batches[:count]])[:CHECK_SEQUENCES]
-        hidden = torch.cat([batch[:, :CHECK_TOKENS] for batch in actual[:count]])[:CHECK_SEQUENCES].float()
+        tokens = torch.cat([batch[:, :CHECK_TOKENS] for batch in batches[: len(plain)]])[:CHECK_SEQUENCES]
+        hidden = torch.cat([batch[:, :CHECK_TOKENS] for batch in plain])[:CHECK_SEQUENCES].float()
         with self.outer_weights():
             # one sequence at a time: a large vocabulary makes logits the largest tensor of the whole run
             logits = [finish(self.skeleton, tokens[i : i + 1], hidden[i : i + 1]).cpu() for i in range(len(tokens))]
@@ -212,13 +220,22 @@ class Engine:
 class _Walk:
     """The streams and the sliding window.
 
-    `actual` is the stream before the window; each of `references` the reference stream after one of its blocks. A window
-    holds `span` blocks where so many are left. The passes are applied while blocks are left outside; then the window has
-    reached the end, and its blocks are finished one after the other with what was decided about them there.
+    `actual` is the stream before the window, `plain` the head of it with activations as they are, and each of `references`
+    the reference stream after one of the window's blocks. A window holds `span` blocks where so many are left. The passes
+    are applied whenever a block comes in; once the window has reached the end, its blocks are finished one after the
+    other with what was decided about them there.
     """
 
-    def __init__(self, engine: Engine, recording: Recording, actual: list[Tensor], listener: Listener) -> None:
-        self.engine, self.recording, self.actual, self.listener = engine, recording, actual, listener
+    def __init__(
+        self,
+        engine: Engine,
+        recording: Recording,
+        actual: list[Tensor],
+        plain: list[Tensor],
+        listener: Listener,
+    ) -> None:
+        self.engine, self.recording, self.listener = engine, recording, listener
+        self.actual, self.plain, self.same = actual, plain, True
         self.blocks: list[Block] = []
         self.references: list[list[Tensor]] = []
         self.last = list(actual)  # the reference stream after the last block that was loaded; both begin as one
@@ -243,8 +260,20 @@ class _Walk:
             self.actual[batch] = output.to(self.engine.storage)
 
         error = alone.error(keep=keep)
+        self._advance_plain(alone)
         del self.blocks[0], self.references[0]
         return block, BlockReport(index=index, error_rtn=error_rtn, error=error, notes=notes)
+
+    @torch.no_grad()
+    def _advance_plain(self, window: Window) -> None:
+        """Advance the stream of the check sample: the actual one, unless that is of quantized activations."""
+        quantizes = any(site.scheme.quantizes_activations for site in window.sites)
+        for batch, hidden in enumerate(self.plain):
+            alike = not quantizes and self.same
+            self.plain[batch] = (
+                self.actual[batch] if alike else window.forward(batch, hidden=hidden).to(self.engine.storage)
+            )
+        self.same &= not quantizes
 
     def _optimise(self, index: int, fresh: int, error_rtn: float) -> Mapping[str, object]:
         """Apply the passes to the window; `error_rtn` is that of its first block."""

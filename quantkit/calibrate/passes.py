@@ -70,36 +70,52 @@ class Window:
         return [site for block in self.blocks for site in block.sites]
 
     def forward(
-        self, batch: int, parameters: Mapping[str, Tensor] | None = None, hidden: Tensor | None = None
+        self,
+        batch: int,
+        parameters: Mapping[str, Tensor] | None = None,
+        hidden: Tensor | None = None,
+        *,
+        student: bool = False,
     ) -> Tensor:
         """Return the window's output for a batch of the actual stream, or for `hidden`, (batch, tokens, width).
 
         `parameters` replaces parameters of the blocks (full names, as `model.layers.3.mlp.up_proj.weight`); gradients
-        flow to them. On a GPU the matrix products run in bfloat16 under autocast, on a CPU everything is float32.
+        flow to them. The `student` has its activations quantized where its scheme says so; what the original blocks
+        compute is computed without. On a GPU the matrix products run in bfloat16 under autocast, on a CPU everything is
+        float32 but for `amp`.
         """
         value = (self.inputs[batch] if hidden is None else hidden).to(self.device)
         for place in range(len(self.blocks)):
-            value = self.step(place, batch, value, parameters)
+            value = self.step(place, batch, value, parameters, student=student)
         return value
 
-    def step(self, place: int, batch: int, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    def step(
+        self,
+        place: int,
+        batch: int,
+        hidden: Tensor,
+        parameters: Mapping[str, Tensor] | None = None,
+        *,
+        student: bool = False,
+    ) -> Tensor:
         """Return what one block of the window, the one at `place`, makes of `hidden`; the rest as in `forward`."""
         block = self.blocks[place]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp or self.device.type == "cuda"):
-            return block.forward(hidden, self.arguments[batch][place], _within(block, parameters))
+            own = _within(block, parameters)
+            return block.forward(hidden, self.arguments[batch][place], own, quantized=student)
 
     @torch.no_grad()
     def error(
         self, parameters: Mapping[str, Tensor] | None = None, keep: Callable[[int, Tensor], None] | None = None
     ) -> float:
-        """Return the squared error of the window's output over the squared norm of the target, over all batches.
+        """Return the squared error of the student's output over the squared norm of the target, over all batches.
 
         `keep` is given every batch's output.
         """
         error = norm = 0.0
         for batch, stored in enumerate(self.targets):
             target = stored.to(self.device, torch.float32)
-            output = self.forward(batch, parameters)
+            output = self.forward(batch, parameters, student=True)
             error += float((output.float() - target).square().sum(dtype=torch.float64))
             norm += float(target.square().sum(dtype=torch.float64))
             if keep is not None:

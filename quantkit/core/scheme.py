@@ -1,4 +1,4 @@
-"""What a weight becomes: bits, group size, symmetry."""
+"""What a weight becomes (bits, group size, symmetry), and the activations that it meets."""
 
 import re
 from dataclasses import dataclass
@@ -7,46 +7,81 @@ from quantkit.errors import UsageError, nearest
 
 MIN_BITS, MAX_BITS = 2, 8
 SCALE_BITS = 16  # every scale is stored as float16 or bfloat16
+UNQUANTIZED = 16  # bits of activations that stay as they are
 
-_TEXT = re.compile(r"w(?P<bits>\d+)(a16)?(g(?P<group>\d+))?(?P<symmetric>s)?")
+_TEXT = re.compile(
+    r"w(?P<bits>\d+)(a(?P<activation_symmetric>s)?(?P<activation_bits>\d+))?(kv(?P<kv_bits>\d+))?"
+    r"(g(?P<group>\d+))?(?P<symmetric>s)?"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantScheme:
-    """How one weight matrix is quantized, uniform and affine.
+    """How one weight matrix is quantized, uniform and affine, and what is done to the activations around it.
 
     Attributes:
         bits: bits of one code, 2 to 8.
         group_size: consecutive input features that share a scale; None: one scale per output row ("channel").
         symmetric: no zero point; codes lie in [-2^(bits-1), 2^(bits-1) - 1] and zero is code 0.
+        activation_bits: bits of the inputs of linears and of queries, keys and values, one scale per token (and
+            head); 16: not quantized.
+        activation_symmetric: activations have no zero point.
+        kv_bits: bits of keys and values where they differ from `activation_bits`; 16: they do not.
     """
 
     bits: int = 4
     group_size: int | None = None
     symmetric: bool = False
+    activation_bits: int = UNQUANTIZED
+    activation_symmetric: bool = False
+    kv_bits: int = UNQUANTIZED
 
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise UsageError(f"bits must be {MIN_BITS} to {MAX_BITS}, not {self.bits}")
+        for name, bits in (("activation bits", self.activation_bits), ("kv bits", self.kv_bits)):
+            if not MIN_BITS <= bits <= MAX_BITS and bits != UNQUANTIZED:
+                raise UsageError(f"{name} must be {MIN_BITS} to {MAX_BITS}, or {UNQUANTIZED} for none, not {bits}")
+        if self.activation_symmetric and not self.quantizes_activations:
+            raise UsageError("no activations are quantized, so none are symmetric; give their bits too, 8 or 4")
         if self.group_size is not None and self.group_size < 1:
             raise UsageError(f"the group size must be positive, not {self.group_size}; leave it out for one per row")
 
     @classmethod
     def parse(cls, text: str) -> "QuantScheme":
-        """Return the scheme that `text` names: `w4a16g128` (asymmetric), `w3` (per channel), `w8g32s` (symmetric)."""
+        """Return the scheme that `text` names.
+
+        `w4a16g128` (asymmetric), `w3` (per channel), `w8g32s` (symmetric weights); `w4a4` (activations too), `w8as8s`
+        (symmetric activations and weights), `w4a8kv4g128` (keys and values in 4 bits).
+        """
         match = _TEXT.fullmatch(text.lower())
         if match is None:
-            raise UsageError(f"{text!r} is no scheme{nearest(text, ('w4a16g128', 'w3a16', 'w8g32s'))}")
+            raise UsageError(f"{text!r} is no scheme{nearest(text, ('w4a16g128', 'w3a16', 'w8g32s', 'w4a8g128'))}")
         group = match["group"]
         return cls(
             bits=int(match["bits"]),
             group_size=int(group) if group else None,
             symmetric=bool(match["symmetric"]),
+            activation_bits=int(match["activation_bits"] or UNQUANTIZED),
+            activation_symmetric=bool(match["activation_symmetric"]),
+            kv_bits=int(match["kv_bits"] or UNQUANTIZED),
         )
 
     def __str__(self) -> str:
+        activations = f"a{'s' if self.activation_symmetric else ''}{self.activation_bits}"
+        cache = f"kv{self.kv_bits}" if self.kv_bits != UNQUANTIZED else ""
         group = f"g{self.group_size}" if self.group_size else ""
-        return f"w{self.bits}a16{group}{'s' if self.symmetric else ''}"
+        return f"w{self.bits}{activations}{cache}{group}{'s' if self.symmetric else ''}"
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether anything but weights is quantized."""
+        return min(self.activation_bits, self.kv_bits) < UNQUANTIZED
+
+    @property
+    def key_value_bits(self) -> int:
+        """Bits of keys and values: `kv_bits`, or those of all activations."""
+        return self.kv_bits if self.kv_bits != UNQUANTIZED else self.activation_bits
 
     @property
     def levels(self) -> int:

@@ -1,6 +1,7 @@
 """One decoder layer in memory, and the record of what is decided about each of its linears."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.func import functional_call
 
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import QuantScheme
+from quantkit.model.activations import Activations
 from quantkit.model.architecture import Architecture, HasTextConfig
 
 
@@ -80,6 +82,7 @@ class Block:
             written with these values, which therefore must be exact in the stored dtype.
         architecture: facts of the family, None if no file of the model zoo describes it.
         config: the model's configuration.
+        activations: the activations around the sites that are quantized.
     """
 
     index: int
@@ -90,13 +93,25 @@ class Block:
     changed: set[str] = field(default_factory=set)
     architecture: Architecture | None = None
     config: HasTextConfig | None = None
+    activations: Activations | None = None
 
-    def forward(self, hidden: Tensor, arguments: Arguments, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        arguments: Arguments,
+        parameters: Mapping[str, Tensor] | None = None,
+        *,
+        quantized: bool = False,
+    ) -> Tensor:
         """Return the block's output hidden states, (batch, tokens, width).
 
         `parameters` replaces parameters of the block (names inside the block, as `mlp.up_proj.weight`) for this call;
-        gradients flow to them.
+        gradients flow to them. With `quantized` the block's activations are quantized, if its scheme says so.
         """
+        with self.activations.quantized() if quantized and self.activations else nullcontext():
+            return self._forward(hidden, arguments, parameters)
+
+    def _forward(self, hidden: Tensor, arguments: Arguments, parameters: Mapping[str, Tensor] | None) -> Tensor:
         inputs = (hidden, *arguments.args)
         if parameters:
             output = functional_call(self.module, dict(parameters), inputs, dict(arguments.kwargs))

@@ -246,7 +246,9 @@ class OmniQuant:
         """Return what the original blocks make of the actual stream, per batch; nothing without `aug_loss`."""
         if not self.aug_loss:
             return []
-        return [window.forward(batch).to(window.targets[batch].dtype) for batch in range(len(window.inputs))]
+        return [
+            window.forward(batch, student=False).to(window.targets[batch].dtype) for batch in range(len(window.inputs))
+        ]
 
 
 METHOD = OmniQuant
