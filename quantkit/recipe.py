@@ -1,16 +1,17 @@
 """A recipe: everything that decides what a run makes, as a value that is written beside the model and read back."""
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import isfinite
 from pathlib import Path
 from types import NoneType, UnionType
+from itertools import chain
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from quantkit import methods
+from quantkit import methods, presets
 from quantkit.calibrate.passes import Pass, Phase
 from quantkit.core.scheme import MAX_BITS, MIN_BITS, QuantScheme
 from quantkit.errors import UsageError, nearest
@@ -93,7 +94,7 @@ class Recipe:
 
     @classmethod
     def for_method(cls, model: str, method: str) -> Self:
-        """Return the default recipe of one method.
+        """Return the default recipe of one method, without a preset.
 
         A method that learns nothing from data gets a few sequences of the embedded text, enough to measure block errors
         and to record logits for `quantkit check`.
@@ -170,6 +171,7 @@ def with_changes(
     changes: Mapping[str, Any],
     *,
     method: str | None = None,
+    preset: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Return the recipe with fields replaced.
@@ -180,7 +182,8 @@ def with_changes(
         recipe: the recipe to start from.
         changes: fields of Recipe, QuantScheme or Calibration by their own names.
         method: replace the passes by this method; None keeps them.
-        options: hyper-parameters to set in `method`, or in the last pass.
+        preset: replace the passes, and the batch unless it is among the changes, by those of this preset.
+        options: hyper-parameters; each is set in the first pass that has one of its name.
 
     Raises:
         UsageError: an unknown name, or a value that is out of range.
@@ -190,17 +193,38 @@ def with_changes(
     for kind, names in ((Recipe, own), (QuantScheme, scheme), (Calibration, calibration)):
         _refuse_misfits(kind, {name: value for name, value in changes.items() if name in names}, "the recipe")
     changes = _settle_bits(changes)
-    last = list(recipe.passes)[-1]
-    passes = (
-        {method: dict(options or {})} if method else {**recipe.passes, last: {**recipe.passes[last], **(options or {})}}
-    )
     changed = replace(
         recipe,
         scheme=replace(recipe.scheme, **{key: value for key, value in changes.items() if key in scheme}),
         calibration=replace(recipe.calibration, **{key: value for key, value in changes.items() if key in calibration}),
-        **{"passes": passes, **{key: value for key, value in changes.items() if key in own}},
+        **{key: value for key, value in changes.items() if key in own},
     )
+    if method:
+        changed = replace(changed, passes={method: {}})
+    elif preset:
+        changed = _with_preset(changed, preset, keep_batch="batch_size" in changes)
+    changed = replace(changed, passes=_with_options(changed.passes, options or {}))
     changed.build_passes()
+    return changed
+
+
+def _with_preset(recipe: Recipe, name: str, *, keep_batch: bool) -> Recipe:
+    preset = presets.find(name, recipe.nominal_scheme)
+    batch = recipe.calibration.batch_size if keep_batch else min(preset.batch_size, recipe.calibration.samples)
+    return replace(recipe, passes=preset.passes, calibration=replace(recipe.calibration, batch_size=batch))
+
+
+def _with_options(
+    passes: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]
+) -> dict[str, Mapping[str, Any]]:
+    """Return the passes with each option in the first one that has a hyper-parameter of its name."""
+    changed = {name: dict(own) for name, own in passes.items()}
+    known = {name: [f.name for f in fields(methods.find("quantizers", name))] for name in passes}
+    for option, value in options.items():
+        owner = next((name for name, names in known.items() if option in names), None)
+        if owner is None:
+            _refuse_unknown([option], [*chain.from_iterable(known.values())], f"the method {' + '.join(passes)}")
+        changed[owner or ""][option] = value
     return changed
 
 
@@ -278,7 +302,7 @@ def _describe(hint: Any) -> str:  # noqa: ANN401
     return " or ".join(words.get(part, str(part)) for part in parts)
 
 
-def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+def _refuse_unknown(given: Iterable[str], known: Sequence[str], where: str) -> None:
     for name in given:
         if name not in known:
             hint = nearest(name, known) if known else ""

@@ -22,3 +22,9 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"there is no {name} on this machine; leave out --device to use what there is")
     return device
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Return whether matrix products in bfloat16 are faster there than in float32: GPUs, and CPUs with AVX512-BF16."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device.type == "cuda" or (supported is not None and bool(supported()))

@@ -21,6 +21,7 @@ from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
 from quantkit.model.block import Block, Site
+from quantkit.model.device import native_bfloat16
 from quantkit.train.fit import SCHEDULES, ParameterGroup, Schedule, fit
 
 
@@ -33,7 +34,7 @@ class Distill:
         lr: learning rate of the scales, as a share of each.
         norms_lr: learning rate of the norms' weights, as a share of each; 0 leaves them as they are.
         schedule: what becomes of the learning rates; batches come in random order.
-        amp: compute matrix products in bfloat16 while training, as GPUs always do.
+        amp: compute matrix products in bfloat16 while training where the CPU has instructions for it, as GPUs always do.
     """
 
     phase: ClassVar[Phase] = Phase.COMPENSATE
@@ -89,7 +90,7 @@ class Distill:
         groups = [ParameterGroup(parameters=[scale.factor for scale in scales.values()], lr=self.lr * root)]
         if norms:
             groups.append(ParameterGroup(parameters=[n.factor for n in norms.values()], lr=self.norms_lr * root))
-        window.amp = self.amp
+        window.amp = self.amp and native_bfloat16(window.device)
         result = fit(
             groups,
             loss,

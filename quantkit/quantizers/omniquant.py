@@ -28,6 +28,7 @@ from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import UNQUANTIZED, QuantScheme
 from quantkit.errors import UsageError
 from quantkit.model.block import Site
+from quantkit.model.device import native_bfloat16
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.train.fit import SCHEDULES, SIGN, ParameterGroup, Schedule, fit
 from quantkit.train.trainables import BlockTransform, WeightQuantizer
@@ -55,7 +56,7 @@ class OmniQuant:
         window: blocks that are optimised together.
         init: where rounding and weights start: the original weights (`nearest`) or those that GPTQ rounds (`gptq`).
         schedule: what becomes of the learning rates; batches come in random order unless it is `constant`.
-        amp: compute matrix products in bfloat16 while training, as GPUs always do.
+        amp: compute matrix products in bfloat16 while training where the CPU has instructions for it, as GPUs always do.
     """
 
     phase: ClassVar[Phase] = Phase.ROUND
@@ -161,7 +162,7 @@ class OmniQuant:
             targets = [window.targets[batch], *extra[batch : batch + 1]]
             return torch.stack([(output - target.to(output)).square().mean() for target in targets]).sum()
 
-        window.amp = self.amp
+        window.amp = self.amp and native_bfloat16(window.device)
         result = fit(
             self._groups(quantizers.values(), transforms, math.sqrt(len(window.inputs[0]))),
             loss,
