@@ -40,13 +40,19 @@ def make_recipe(
         model: a directory, a Hub id or an alias.
         method: name of the method.
         options: hyper-parameters of the method.
-        fields: `wbits`, `group_size` (None: one scale per row), `symmetric`; `ignore` (globs); `calibration` (a name or
-            a file), `samples`, `seqlen`, `batch_size`, `allow_short`; `seed`, `revision`.
+        fields: `wbits`, `group_size` (None: one scale per row), `symmetric`; `abits`, `symmetric_activations`,
+            `kv_bits`; `ignore` (globs); `calibration` (a name or a file), `samples`, `seqlen`, `batch_size`,
+            `allow_short`; `seed`, `revision`.
 
     Raises:
         UsageError: a value that is out of range, an unknown method, field or hyper-parameter.
     """
-    names = {"wbits": "bits", "calibration": "text"}
+    names = {
+        "wbits": "bits",
+        "abits": "activation_bits",
+        "symmetric_activations": "activation_symmetric",
+        "calibration": "text",
+    }
     changes = {
         names.get(name, name): str(value) if isinstance(value, Path) else value for name, value in fields.items()
     }

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import costs
-from quantkit.core.scheme import QuantScheme
+from quantkit.core.scheme import UNQUANTIZED, QuantScheme
 from quantkit.errors import UsageError
 from quantkit.exporters.compressed_tensors import CompressedTensors
+from quantkit.model.activations import attentions
 from quantkit.model.checkpoint import BYTES
 from quantkit.model.skeleton import LINEARS, Skeleton
 from quantkit.recipe import Recipe
@@ -88,13 +89,14 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
     shapes = {name: _shape(linears[name]) for name in schemes}
     work = _workload(skeleton, recipe, device)
     parameters = _count(skeleton.model.parameters())
+    classes = tuple(sorted({type(linears[name]).__name__ for name in schemes}))
     return Plan(
         model_type=skeleton.config.model_type,
         architecture=skeleton.architecture.name if skeleton.architecture else None,
         blocks=work.blocks,
         shapes=shapes,
         schemes=schemes,
-        classes=tuple(sorted({_class_name(linears[name]) for name in schemes})),
+        classes=classes,
         dense=tuple(
             name
             for name, module in skeleton.model.named_modules()
@@ -109,7 +111,11 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
         memory_bytes=costs.host_memory(work),
         device_bytes=costs.device_memory(work),
         seconds=costs.duration(work),
-        notes=tuple(_notes(skeleton, schemes)),
+        notes=(
+            *_family_notes(skeleton, schemes),
+            *_attention_notes(skeleton, schemes),
+            *CompressedTensors().notices(schemes, classes),
+        ),
     )
 
 
@@ -145,7 +151,18 @@ def _assign_schemes(linears: Mapping[str, nn.Module], recipe: Recipe) -> dict[st
     return schemes
 
 
-def _notes(skeleton: Skeleton, schemes: Mapping[str, QuantScheme]) -> Iterator[str]:
+def _attention_notes(skeleton: Skeleton, schemes: Mapping[str, QuantScheme]) -> Iterator[str]:
+    """Tell of blocks whose queries, keys and values should be quantized but are out of reach."""
+    if any(scheme.key_value_bits != UNQUANTIZED for scheme in schemes.values()):
+        blind = sum(not attentions(block) for block in skeleton.blocks)
+        if blind:
+            yield (
+                f"in {blind} of {len(skeleton.blocks)} blocks of {skeleton.config.model_type} the attention is out of "
+                "reach, so its queries, keys and values will not be quantized, during calibration either"
+            )
+
+
+def _family_notes(skeleton: Skeleton, schemes: Mapping[str, QuantScheme]) -> Iterator[str]:
     family = skeleton.architecture
     if family is None:
         yield (
@@ -212,10 +229,6 @@ def _output_bytes(
 
 def _count(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def _class_name(module: nn.Module) -> str:
-    return "Linear" if isinstance(module, nn.Linear) else type(module).__name__
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
