@@ -41,13 +41,19 @@ def make_recipe(
         method: name of the method.
         options: hyper-parameters of the method.
         fields: `wbits` or `target_bpw` (bits chosen by measured loss), `group_size` (None: one scale per row),
-            `symmetric`; `ignore` (globs); `calibration` (a name, a file, or `self`: text that the model writes),
-            `samples`, `seqlen`, `batch_size`, `allow_short`; `rotate`; `seed`, `revision`.
+            `symmetric`; `abits`, `symmetric_activations`, `kv_bits`; `rotate`; `ignore` (globs); `calibration` (a name,
+            a file, or `self`: text that the model writes), `samples`, `seqlen`, `batch_size`, `allow_short`; `seed`,
+            `revision`.
 
     Raises:
         UsageError: a value that is out of range, an unknown method, field or hyper-parameter.
     """
-    names = {"wbits": "bits", "calibration": "text"}
+    names = {
+        "wbits": "bits",
+        "abits": "activation_bits",
+        "symmetric_activations": "activation_symmetric",
+        "calibration": "text",
+    }
     changes = {
         names.get(name, name): str(value) if isinstance(value, Path) else value for name, value in fields.items()
     }

@@ -56,6 +56,20 @@ def quantize(
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="No zero points. (default: asymmetric)")
     ] = None,
+    abits: Annotated[
+        int | None,
+        typer.Option(help="Bits of activations (inputs of linears; Q, K, V), 2 to 8; 16: not quantized. (default: 16)"),
+    ] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option("--kv-bits", help="Bits of keys and values, 2 to 8. (default: those of --abits)")
+    ] = None,
+    symmetric_activations: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric-activations/--asymmetric-activations",
+            help="Activations have no zero points, as vLLM computes them. (default: asymmetric)",
+        ),
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help="How to quantize: quantkit list methods. (default: omniquant)")
     ] = None,
@@ -115,7 +129,14 @@ def quantize(
     with _errors(as_json):
         from quantkit.pipeline import execute, prepare  # torch takes seconds to import: not for --help
 
-        scheme = {"bits": wbits, "symmetric": symmetric, "target_bpw": target_bpw}
+        scheme = {
+            "bits": wbits,
+            "symmetric": symmetric,
+            "target_bpw": target_bpw,
+            "activation_bits": abits,
+            "activation_symmetric": symmetric_activations,
+            "kv_bits": kv_bits,
+        }
         text = {
             "text": calibration,
             "samples": samples,

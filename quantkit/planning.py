@@ -12,9 +12,10 @@ from quantkit.allocation import Allocation, Budget, Losses, describe
 from quantkit.calibrate.passes import Pass
 from quantkit.calibrate.self_text import cache_elements, sequences_at_once
 from quantkit.calibrate.text import SELF
-from quantkit.core.scheme import QuantScheme
+from quantkit.core.scheme import UNQUANTIZED, QuantScheme
 from quantkit.errors import UsageError
 from quantkit.exporters.compressed_tensors import CompressedTensors
+from quantkit.model.activations import attentions
 from quantkit.model.checkpoint import BYTES
 from quantkit.model.skeleton import LINEARS, Skeleton
 from quantkit.recipe import Recipe
@@ -113,6 +114,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
     _refuse_too_large_to_write(work)
     parameters = _count(skeleton.model.parameters()) + (_tied_head(skeleton) if recipe.rotate else 0)
     quantized = sum(rows * columns for rows, columns in shapes.values())
+    classes = tuple(sorted({type(linears[name]).__name__ for name in schemes}))
     return Plan(
         model_type=skeleton.config.model_type,
         architecture=skeleton.architecture.name if skeleton.architecture else None,
@@ -121,7 +123,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
         schemes=schemes,
         scheme=describe({str(each): each for each in budget.schemes} if budget else schemes, bits),
         bits_per_weight=bits,
-        classes=tuple(sorted({_class_name(linears[name]) for name in schemes})),
+        classes=classes,
         dense=tuple(
             name
             for name, module in skeleton.model.named_modules()
@@ -137,7 +139,11 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
         device_bytes=costs.device_memory(work),
         seconds=costs.duration(work),
         budget=budget,
-        notes=tuple(_notes(skeleton, schemes, budget)),
+        notes=(
+            *_family_notes(skeleton, schemes, budget),
+            *_attention_notes(skeleton, schemes),
+            *CompressedTensors().notices(schemes, classes),
+        ),
     )
 
 
@@ -193,7 +199,20 @@ def _budget(skeleton: Skeleton, recipe: Recipe, linears: Mapping[str, nn.Module]
     return Budget.of(recipe.target_bpw, recipe.nominal_scheme, skeleton, shapes)
 
 
-def _notes(skeleton: Skeleton, schemes: Mapping[str, QuantScheme], budget: Budget | None) -> Iterator[str]:
+def _attention_notes(skeleton: Skeleton, schemes: Mapping[str, QuantScheme]) -> Iterator[str]:
+    """Tell of blocks whose queries, keys and values should be quantized but are out of reach."""
+    if any(scheme.key_value_bits != UNQUANTIZED for scheme in schemes.values()):
+        blind = sum(not attentions(block) for block in skeleton.blocks)
+        if blind:
+            yield (
+                f"in {blind} of {len(skeleton.blocks)} blocks of {skeleton.config.model_type} the attention is out of "
+                "reach, so its queries, keys and values will not be quantized, during calibration either"
+            )
+
+
+def _family_notes(
+    skeleton: Skeleton, schemes: Mapping[str, QuantScheme], budget: Budget | None
+) -> Iterator[str]:
     family = skeleton.architecture
     if budget:
         widths = ", ".join(str(scheme.bits) for scheme in budget.schemes)
@@ -311,10 +330,6 @@ def _bits_per_weight(shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str
 
 def _count(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def _class_name(module: nn.Module) -> str:
-    return "Linear" if isinstance(module, nn.Linear) else type(module).__name__
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -154,6 +154,15 @@ def test_a_plan_says_when_a_part_of_what_vllm_fuses_stays_dense():
     assert quantkit.plan("tiny", **FEW, group_size=32, ignore=["*.self_attn.*"]).notes == ()
 
 
+def test_a_plan_says_what_of_the_activations_is_out_of_reach_or_not_carried(tmp_path):
+    save_tiny("falcon", tmp_path)
+    notes = quantkit.plan(tmp_path, **FEW, group_size=32, abits=6).notes
+    assert "in 2 of 2 blocks of falcon the attention is out of reach" in notes[0]
+    assert "no runtime quantizes activations to 6 bits" in notes[1]
+    assert quantkit.plan("tiny", **FEW, group_size=32, abits=6).notes == notes[1:]
+    assert quantkit.plan(tmp_path, **FEW, group_size=32).notes == ()
+
+
 def test_a_plan_says_when_no_file_describes_the_family(tmp_path):
     save_tiny(WITHOUT_FILE, tmp_path)
     (note,) = quantkit.plan(tmp_path, **FEW, group_size=32).notes

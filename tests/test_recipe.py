@@ -79,7 +79,7 @@ def test_the_command_lines_model_wins(tmp_path):
     ("text", "hint"),
     [
         ("seeed = 3", "'seeed' (did you mean seed"),
-        ("[scheme]\nbit = 4", "'bit' (did you mean bits?)"),
+        ("[scheme]\nbit = 4", "'bit' (did you mean bits"),
         ("[calibration]\nsample = 4", "'sample' (did you mean samples"),
         ('[[passes]]\nmethod = "omniquant"\nepoch = 1', "'epoch' (did you mean epochs"),
         ('[[passes]]\nmethod = "omniquent"', "'omniquent' (did you mean omniquant?)"),
@@ -217,6 +217,13 @@ def test_flags_become_a_recipe(tmp_path):
     assert recipe.scheme == QuantScheme(bits=3, symmetric=True)
     assert recipe.calibration.text == str(tmp_path / "a.txt")
     assert (recipe.ignore, recipe.seed) == (("*.q_proj",), 4)
+
+
+def test_flags_of_activations_become_a_recipe_that_toml_keeps(tmp_path):
+    recipe = make_recipe("tiny", wbits=4, abits=8, kv_bits=4, symmetric_activations=True)
+    assert str(recipe.scheme) == "w4as8kv4g128"
+    assert Recipe.from_toml(saved(tmp_path, recipe.to_toml())).scheme == recipe.scheme
+    assert str(with_changes(recipe, {"activation_bits": 4}).scheme) == "w4as4kv4g128"
 
 
 def test_the_default_scheme_is_four_bits_in_groups_of_128():

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from quantkit.calibrate.data import evaluation_windows
 from quantkit.calibrate.text import Corpus, read_text
+from quantkit.core.scheme import QuantScheme
 from quantkit.errors import ModelError, UsageError
 from quantkit.evaluation.coverage import Coverage, coverage, report_faults, size_faults
 from quantkit.evaluation.divergence import divergence
 from quantkit.evaluation.documents import Documents, Report, Sample, read_documents
-from quantkit.evaluation.loading import Model, Tokenizer, context_length, load_model, quiet
+from quantkit.evaluation.loading import Model, Tokenizer, context_length, load_model, quantize_activations, quiet
 from quantkit.evaluation.manifest import REPORT
 from quantkit.evaluation.shards import Shards, read_shards, shard_faults, value_faults
 from quantkit.model import names
@@ -80,7 +81,8 @@ def check(  # noqa: PLR0913
     """Return what is wrong with `output`, a directory that quantkit wrote, and what is known about it.
 
     Checked are its documents, every tensor's presence, form, hash and values, the quantized share, and its
-    logits after a reload with plain transformers. Damage never raises.
+    logits after a reload with plain transformers, of the weights alone; the comparison with `against` quantizes
+    activations too, where the scheme does. Damage never raises.
 
     Args:
         output: the directory.
@@ -111,6 +113,8 @@ def check(  # noqa: PLR0913
     if model is not None and tokenizer is not None and against:
         say(f"comparing with {against}")
         found.facts |= {"against": against, "text": text or DEFAULT_TEXT}
+        if quantization := documents.quantization:
+            quantize_activations(model, QuantScheme.parse(quantization.scheme), dense=quantization.ignore)
         rows = _windows(corpora, tokenizer, model, seqlen, windows)
         _compare(model, load_model(against, device=device)[0], rows, found, say)
     return CheckResult(faults=tuple(dict.fromkeys(found.faults)), facts=_finite(found.facts))
@@ -186,7 +190,7 @@ def _share_facts(share: Coverage) -> dict[str, Any]:
 
 def _reload(output: Path, device: str | None, found: _Findings) -> tuple[Model, Tokenizer] | tuple[None, None]:
     try:
-        return load_model(output.absolute(), device=device)
+        return load_model(output.absolute(), device=device, activations=False)
     except ModelError as error:
         found.faults.append(f"it cannot be loaded: {error}")
         return None, None

@@ -1,8 +1,14 @@
-"""Loading a model as everyone does, with plain transformers: what quantkit judges is what others will get."""
+"""Loading a model as everyone does, with plain transformers: what quantkit judges is what others will get.
+
+One exception: an output whose scheme quantizes activations is judged with all of what was calibrated, the inputs of
+linears and Q, K and V, though no runtime does all of it (`exporters/compressed_tensors.py` says what each does).
+`load_model` then loads the weights alone and lets every call of the model quantize its activations itself.
+"""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,15 +18,18 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from quantkit.calibrate.data import load_tokenizer
-from quantkit.errors import ModelError
+from quantkit.core.scheme import QuantScheme
+from quantkit.errors import ModelError, UsageError
+from quantkit.exporters.compressed_tensors import OWN, scheme_of, weights_only
 from quantkit.model import names
+from quantkit.model.activations import Activations
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.device import pick_device
-from quantkit.model.skeleton import read_config
+from quantkit.model.skeleton import LINEARS, read_config
 
 Model: TypeAlias = PreTrainedModel  # so that transformers is imported here alone
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
@@ -33,7 +42,7 @@ _FAULTS = (
 
 
 def load_model(
-    model: str | Path, *, revision: str | None = None, device: str | None = None
+    model: str | Path, *, revision: str | None = None, device: str | None = None, activations: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal language model and its tokenizer; no code that comes with the model is run.
 
@@ -44,6 +53,7 @@ def load_model(
         model: a directory, an alias or a Hub id, quantized or not.
         revision: revision on the Hub.
         device: `cpu`, `cuda`, `cuda:1`; None: a GPU if there is one.
+        activations: quantize activations as the scheme of an output of quantkit says; False: its weights alone.
 
     Raises:
         ModelError: unknown, incomplete, damaged, or no causal language model.
@@ -53,13 +63,35 @@ def load_model(
     directory = names.resolve(str(model), revision=revision).path
     Checkpoint(directory)  # its messages about missing and truncated shards are better than transformers' own
     with quiet():
-        read_config(directory)
-        loaded, loading = _from_pretrained(directory)
+        config = read_config(directory)
+        own = _own_quantization(config, directory)
+        if own:
+            config.quantization_config = weights_only(own)
+        loaded, loading = _from_pretrained(directory, config if own else None)
         _refuse_incomplete(directory, loading)
         _unpack(loaded, directory)
         tokenizer = load_tokenizer(directory)
     _place(loaded, place)
+    if own and activations:
+        quantize_activations(loaded, scheme_of(own), dense=own["ignore"])
     return loaded, tokenizer
+
+
+def quantize_activations(model: PreTrainedModel, scheme: QuantScheme, *, dense: Iterable[str] = ()) -> None:
+    """Let every later call of `model` quantize its activations as `scheme` says; nothing is hooked between calls.
+
+    `dense` names the linears whose inputs stay as they are. See `model.activations` for what is quantized.
+    """
+    skipped = set(dense)
+    linears = [name for name, part in model.named_modules() if isinstance(part, LINEARS) and name not in skipped]
+    activations, forward = Activations(model, linears, scheme), model.forward
+
+    @wraps(forward)  # `generate` looks at the signature
+    def quantizing(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        with activations.quantized():
+            return forward(*args, **kwargs)
+
+    model.forward = quantizing
 
 
 @contextmanager
@@ -90,11 +122,23 @@ def context_length(model: PreTrainedModel) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
-def _from_pretrained(directory: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _own_quantization(config: PretrainedConfig, directory: Path) -> Mapping[str, Any] | None:
+    """Return the `quantization_config` of an output of quantkit that quantizes activations, None for other models."""
+    found = getattr(config, "quantization_config", None)
+    if not isinstance(found, dict) or OWN not in found:
+        return None
+    try:
+        return found if scheme_of(found).quantizes_activations else None
+    except (KeyError, TypeError, AttributeError, UsageError) as error:
+        raise ModelError(f"{directory / 'config.json'} is damaged: it names no scheme ({error})") from error
+
+
+def _from_pretrained(directory: Path, config: PretrainedConfig | None) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
         # mismatched sizes are ignored here only to be named by `_refuse_incomplete`
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
+            config=config,
             dtype="auto",
             trust_remote_code=False,
             use_safetensors=True,

@@ -11,9 +11,16 @@ The configuration asks transformers to dequantize while it loads: its other path
 (llm-compressor issues 1618 and 1190), and unpacks to dense weights at the first forward anyway. vLLM does not read
 that key. Dequantizing while loading takes one scheme for all linears, so a checkpoint with several schemes goes
 without the key and must be symmetric; there each scheme names its linears one by one.
+that key.
+
+Quantized inputs of linears are asked for with `input_activations`, dynamic and per token. Runtimes know them with 8 or
+4 bits and symmetric, and transformers only where it does not dequantize while loading. Whatever else a scheme says of
+activations is for quantkit's own evaluation, which reads the whole scheme under the private key `quantkit`; `notices`
+tells the difference.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +28,12 @@ from torch import Tensor
 
 from quantkit.core.packing import pack, packed_words, unpack
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.core.scheme import QuantScheme
+from quantkit.core.scheme import UNQUANTIZED, QuantScheme
 from quantkit.errors import UsageError
 
 NAME = "pack-quantized"
+ACTIVATION_BITS = (8, 4)  # those that vLLM has kernels for beside packed weights
+OWN = "quantkit"  # compressed-tensors and vLLM ignore keys that they do not know at the top level, and only there
 
 
 class CompressedTensors:
@@ -45,6 +54,30 @@ class CompressedTensors:
                 f"several schemes in one checkpoint load only without zero points, but {asymmetric} has them; "
                 "make every scheme symmetric, or use one for all linears"
             )
+
+    def notices(self, schemes: Mapping[str, QuantScheme], classes: Sequence[str]) -> Iterator[str]:
+        """Yield what runtimes will not do of the activations' quantization, or otherwise; arguments as of `config`."""
+        scheme = next(iter(schemes.values()))
+        bits = scheme.activation_bits
+        if bits in ACTIVATION_BITS:
+            if not _runs_activations(scheme, classes):
+                remedy = "; symmetric weights make it" if set(classes) == {"Linear"} else ""
+                yield f"transformers will not quantize activations of this output, vLLM will{remedy}"
+            if not scheme.activation_symmetric:
+                yield (
+                    "the format holds symmetric activations only, so runtimes will not use the zero points that were "
+                    "calibrated; --symmetric-activations calibrates without them"
+                )
+        elif bits != UNQUANTIZED:
+            yield (
+                f"no runtime quantizes activations to {bits} bits (vLLM: 8 or 4), so the output asks for none "
+                "and runs with quantized weights alone"
+            )
+        if scheme.key_value_bits != UNQUANTIZED:
+            what = "keys and values" if bits == UNQUANTIZED else "queries, keys and values"
+            yield f"the format cannot say that {what} are quantized, so no runtime will quantize them"
+        if scheme.quantizes_activations:
+            yield "`quantkit evaluate` and `generate` apply all of it to the output, as calibrated"
 
     def encode(self, quantized: QuantizedTensor) -> dict[str, Tensor]:
         """Return the tensors of one linear by the end of their name."""
@@ -89,26 +122,27 @@ class CompressedTensors:
 
         Args:
             schemes: module name → scheme.
-            classes: names of the module classes that are quantized.
+            classes: names of the module classes that are quantized: `Linear`, subclasses of it, `Conv1D`.
             dense: module names of the linears that stay dense.
         """
         distinct = sorted(set(schemes.values()), key=str)
         mixed = len(distinct) > 1
+        # of subclasses: the base
+        bases = sorted({"Conv1D" if name == "Conv1D" else "Linear" for name in classes})
         groups = {
-            f"group_{number}": _group(
-                scheme, [name for name in schemes if schemes[name] == scheme] if mixed else list(classes)
-            )
+            f"group_{number}": _group(scheme, [name for name in schemes if schemes[name] == scheme] if mixed else bases)
             for number, scheme in enumerate(distinct)
         }
         return {
             "quant_method": "compressed-tensors",
             "format": NAME,
             "quantization_status": "compressed",
-            **({} if mixed else {"dequantize": True}),
+            **({} if mixed or _runs_activations(distinct[0], classes) else {"dequantize": True}),
             "ignore": list(dense),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
             "config_groups": groups,
+            OWN: {"scheme": str(distinct[0])},
         }
 
 
@@ -126,7 +160,7 @@ def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
         "targets": targets,
         "format": NAME,  # compressed-tensors 0.18 and later read it here, not at the top
         "weights": weights,
-        "input_activations": None,
+        "input_activations": _input_activations(scheme),
         "output_activations": None,
     }
 
@@ -139,12 +173,44 @@ def schemes_of(config: Mapping[str, Any]) -> dict[str, QuantScheme]:
 
     A target is the name of a module, or that of a class where there is one scheme alone.
 
+    What it says of weights is read where runtimes read it, the rest under quantkit's own key.
+
     Raises:
-        KeyError, TypeError, AttributeError: it is not such a configuration.
+        KeyError, TypeError, AttributeError, UsageError: it is not such a configuration.
     """
+    own = QuantScheme.parse(str(config[OWN]["scheme"])) if OWN in config else QuantScheme()
     return {
-        target: QuantScheme(bits=weights["num_bits"], group_size=weights["group_size"], symmetric=weights["symmetric"])
+        target: replace(
+            own, bits=weights["num_bits"], group_size=weights["group_size"], symmetric=weights["symmetric"]
+        )
         for group in config["config_groups"].values()
         for weights in [group["weights"]]
         for target in group["targets"]
     }
+
+
+def weights_only(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a `quantization_config` with which transformers loads the same weights and quantizes no activations."""
+    groups = {name: {**group, "input_activations": None} for name, group in config["config_groups"].items()}
+    whole = {"dequantize": True} if len(groups) == 1 else {}  # several schemes are unpacked at the first forward
+    return {**config, **whole, "config_groups": groups}
+
+
+def _input_activations(scheme: QuantScheme) -> dict[str, Any] | None:
+    if scheme.activation_bits not in ACTIVATION_BITS:
+        return None
+    return {
+        "num_bits": scheme.activation_bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token",
+        "dynamic": True,
+    }
+
+
+def _runs_activations(scheme: QuantScheme, classes: Sequence[str]) -> bool:
+    """Return whether transformers quantizes activations: not while it dequantizes, which it must for zero points.
+
+    Its other path fails on any class but `Linear` itself, so GPT-2's and Falcon's own have to be dequantized too.
+    """
+    return scheme.activation_bits in ACTIVATION_BITS and scheme.symmetric and set(classes) == {"Linear"}

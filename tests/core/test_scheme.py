@@ -51,7 +51,7 @@ def test_bits_of_activations_out_of_range(bits):
 
 
 def test_symmetry_of_activations_that_are_not_quantized():
-    with pytest.raises(UsageError, match="^no activations are quantized, so none are symmetric; give their bits too"):
+    with pytest.raises(UsageError, match=r"^no activations are quantized, so none are symmetric; give their bits too"):
         QuantScheme(activation_symmetric=True)
 
 

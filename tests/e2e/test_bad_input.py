@@ -77,6 +77,9 @@ def shards(model: Path, **changes: torch.Tensor) -> None:
         pytest.param(
             2, ["tiny", "--target-bpw", "3", "--asymmetric"], ["--asymmetric", "zero points"], id="asymmetric"
         ),
+        pytest.param(2, ["tiny", "--abits", "9", "-o", "x"], ["2 to 8, or 16 for none, not 9"], id="activation bits"),
+        pytest.param(2, ["tiny", "--kv-bits", "1", "-o", "x"], ["kv bits", "not 1"], id="bits of keys and values"),
+        pytest.param(2, ["tiny", "--symmetric-activations", "-o", "x"], ["give their bits"], id="no activations"),
         pytest.param(2, ["tiny", "--group-size", "48", "-o", "x"], ["width 128", "16, 32, 64, 128"], id="group size"),
         pytest.param(2, ["tiny", "--group-size", "many", "-o", "x"], ["channel"], id="group size word"),
         pytest.param(2, ["tiny", "--ignore", "*.w_proj", "-o", "x"], ["'*.w_proj'", "model.layers.0"], id="glob"),
