@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from quantkit.calibrate.engine import BlockReport
+    from quantkit.calibrate.walk import BlockReport
     from quantkit.evaluation.perplexity import Perplexity
     from quantkit.planning import Plan
     from quantkit.recipe import Recipe

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.data import calibration_tokens, load_tokenizer
-from quantkit.calibrate.engine import BlockReport, CheckSample, Engine, Listener
+from quantkit.calibrate.engine import CheckSample, Engine
 from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.self_text import sample_tokens
 from quantkit.calibrate.sensitivity import SHRINK, Sensitivity
 from quantkit.calibrate.text import SELF, read_text
+from quantkit.calibrate.walk import BlockReport, Listener
 from quantkit.errors import DataError, OutputError
 from quantkit.evaluation.loading import load_model
 from quantkit.evaluation.manifest import CHECK, RECIPE, REPORT, check_document, tensor_manifest

@@ -150,7 +150,9 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
 def _tied_head(skeleton: Skeleton) -> int:
     """Return the size of a head that shares the embedding's weight; a rotation gives it a weight of its own."""
     head, embedding = skeleton.model.get_output_embeddings(), skeleton.model.get_input_embeddings()
-    return head.weight.numel() if head is not None and head.weight is embedding.weight else 0
+    if head is None or head.weight is not embedding.weight:
+        return 0
+    return int(head.weight.shape.numel()) if isinstance(head.weight, Tensor) else 0
 
 
 def scale_dtype(skeleton: Skeleton) -> torch.dtype:
@@ -210,9 +212,7 @@ def _attention_notes(skeleton: Skeleton, schemes: Mapping[str, QuantScheme]) -> 
             )
 
 
-def _family_notes(
-    skeleton: Skeleton, schemes: Mapping[str, QuantScheme], budget: Budget | None
-) -> Iterator[str]:
+def _family_notes(skeleton: Skeleton, schemes: Mapping[str, QuantScheme], budget: Budget | None) -> Iterator[str]:
     family = skeleton.architecture
     if budget:
         widths = ", ".join(str(scheme.bits) for scheme in budget.schemes)

@@ -3,10 +3,10 @@
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from types import NoneType, UnionType
-from itertools import chain
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import tomli_w
@@ -216,9 +216,9 @@ def _with_preset(recipe: Recipe, name: str, *, keep_batch: bool) -> Recipe:
 
 def _with_options(
     passes: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]
-) -> dict[str, Mapping[str, Any]]:
+) -> Mapping[str, Mapping[str, Any]]:
     """Return the passes with each option in the first one that has a hyper-parameter of its name."""
-    changed = {name: dict(own) for name, own in passes.items()}
+    changed: dict[str, dict[str, Any]] = {name: dict(own) for name, own in passes.items()}
     known = {name: [f.name for f in fields(methods.find("quantizers", name))] for name in passes}
     for option, value in options.items():
         owner = next((name for name, names in known.items() if option in names), None)

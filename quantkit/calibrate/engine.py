@@ -1,22 +1,20 @@
-"""The walk over the blocks: load, reference, passes, propagate, hand over, drop.
+"""A run over a model: what reaches the blocks, the walk over them, what needs the whole model, and the check sample.
 
-Two streams of hidden states run side by side (OmniQuant, arXiv 2308.13137, section 3): the reference stream through the
-original blocks, and the actual stream through the finished ones. A block learns to bring the actual stream back to the
-reference. Resident at any time: one window of blocks and the two streams.
+Resident at any time: one window of blocks and the streams (`calibrate/walk.py`); with a pass over the whole model also
+the codes of all blocks.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.passes import Pass, Window
-from quantkit.calibrate.record import Recording, finish, make_head, record
-from quantkit.core.affine import round_to_nearest
+from quantkit.calibrate.record import finish, make_head, record
+from quantkit.calibrate.walk import BlockReport, Listener, Walk
 from quantkit.core.scheme import QuantScheme
 from quantkit.model.activations import Activations
 from quantkit.model.block import Block, Site
@@ -25,33 +23,6 @@ from quantkit.model.rotation import Rotation
 from quantkit.model.skeleton import Skeleton
 
 CHECK_SEQUENCES, CHECK_TOKENS = 4, 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockReport:
-    """What happened to one block.
-
-    Attributes:
-        index: which block.
-        error_rtn: relative squared error of the block's output with plain round-to-nearest weights.
-        error: the same with the weights that were kept.
-        notes: what the passes noted.
-    """
-
-    index: int
-    error_rtn: float
-    error: float
-    notes: Mapping[str, object] = field(default_factory=dict)
-
-
-class Listener(Protocol):
-    """Who wants to know how far the walk is."""
-
-    def progress(self, done: float, total: int) -> None:
-        """`done` of `total` blocks are finished; fractions in between."""
-
-    def block(self, report: BlockReport) -> None:
-        """A block is finished."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +87,17 @@ class Engine:
         whole = [step for step in self.passes if not step.blocks_at_once]
         start = list(actual) if whole else []
         plain = actual[: -(-CHECK_SEQUENCES // batches[0].shape[0])]  # batches that hold that many sequences
-        walk = _Walk(self, recording, actual, plain, listener)
+        walk = Walk(
+            self.load,
+            [step for step in self.passes if step.blocks_at_once],
+            recording.arguments,
+            actual,
+            plain,
+            device=self.device,
+            storage=self.storage,
+            seed=self.seed,
+            listener=listener,
+        )
         reports, finished = [], []
         for index in range(len(self.skeleton.blocks)):
             block, report = walk.advance(index)
@@ -217,110 +198,6 @@ class Engine:
         return CheckSample(tokens=tokens, logits=torch.cat(logits))
 
 
-class _Walk:
-    """The streams and the sliding window.
-
-    `actual` is the stream before the window, `plain` the head of it with activations as they are, and each of `references`
-    the reference stream after one of the window's blocks. A window holds `span` blocks where so many are left. The passes
-    are applied whenever a block comes in; once the window has reached the end, its blocks are finished one after the
-    other with what was decided about them there.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        recording: Recording,
-        actual: list[Tensor],
-        plain: list[Tensor],
-        listener: Listener,
-    ) -> None:
-        self.engine, self.recording, self.listener = engine, recording, listener
-        self.actual, self.plain, self.same = actual, plain, True
-        self.blocks: list[Block] = []
-        self.references: list[list[Tensor]] = []
-        self.last = list(actual)  # the reference stream after the last block that was loaded; both begin as one
-        self.total = len(engine.skeleton.blocks)
-        self.passes = [step for step in engine.passes if step.blocks_at_once]
-        self.span = min(self.total, max(step.blocks_at_once for step in self.passes))
-
-    def advance(self, index: int) -> tuple[Block, BlockReport]:
-        """Finish block `index`, the first of the window, and let the window slide behind it."""
-        fresh = 0
-        while len(self.blocks) < min(self.span, self.total - index):
-            self._take_in(index + len(self.blocks))
-            fresh += 1
-        block, alone = self.blocks[0], self._window(index, count=1)
-        error_rtn = alone.error(rounded_to_nearest(block.sites))
-        notes = self._optimise(index, fresh, error_rtn) if fresh else {}
-        for site in block.sites:
-            assert site.quantized is not None, f"no pass rounded {site.name}"
-            site.weight.data = site.quantized.dequantize().to(site.weight.dtype)
-
-        def keep(batch: int, output: Tensor) -> None:
-            self.actual[batch] = output.to(self.engine.storage)
-
-        error = alone.error(keep=keep)
-        self._advance_plain(alone)
-        del self.blocks[0], self.references[0]
-        return block, BlockReport(index=index, error_rtn=error_rtn, error=error, notes=notes)
-
-    @torch.no_grad()
-    def _advance_plain(self, window: Window) -> None:
-        """Advance the stream of the check sample: the actual one, unless that is of quantized activations."""
-        quantizes = any(site.scheme.quantizes_activations for site in window.sites)
-        for batch, hidden in enumerate(self.plain):
-            alike = not quantizes and self.same
-            self.plain[batch] = (
-                self.actual[batch] if alike else window.forward(batch, hidden=hidden).to(self.engine.storage)
-            )
-        self.same &= not quantizes
-
-    def _optimise(self, index: int, fresh: int, error_rtn: float) -> Mapping[str, object]:
-        """Apply the passes to the window; `error_rtn` is that of its first block."""
-        window = self._window(index, count=len(self.blocks), fresh=fresh)
-        window.error_rtn = error_rtn if self.span == 1 else window.error(rounded_to_nearest(window.sites))
-        for step in self.passes:
-            step.apply(window)
-        return window.notes
-
-    def whole(self, blocks: Sequence[Block], start: Sequence[Tensor]) -> Window:
-        """Return a window of all blocks, which are finished; `start` is the stream before the first."""
-        return Window(
-            blocks=blocks,
-            inputs=start,
-            references=[*([] for _ in blocks[1:]), self.last],
-            arguments=self.recording.arguments,
-            device=self.engine.device,
-            fresh=0,
-            seed=self.engine.seed,
-            tick=lambda share: self.listener.progress(self.total * share, self.total),
-        )
-
-    @torch.no_grad()
-    def _take_in(self, index: int) -> None:
-        """Load a block behind the window and advance the reference stream through it."""
-        self.blocks.append(self.engine.load(index))
-        if self.references:  # an earlier block of the window still needs the stream that is left behind
-            self.last = list(self.last)
-        self.references.append(self.last)
-        place = len(self.blocks) - 1
-        alone = self._window(index, count=1, first=place)
-        for batch, hidden in enumerate(self.last):
-            self.last[batch] = alone.forward(batch, hidden=hidden).to(self.engine.storage)
-
-    def _window(self, index: int, *, count: int, first: int = 0, fresh: int = 0) -> Window:
-        return Window(
-            blocks=self.blocks[first : first + count],
-            inputs=self.actual,
-            references=self.references[first : first + count],
-            arguments=[arguments[index : index + count] for arguments in self.recording.arguments],
-            device=self.engine.device,
-            fresh=fresh,
-            seed=self.engine.seed,
-            tick=lambda share: self.listener.progress(index + share, self.total),
-        )
-
-
 def _drop_dense(block: Block) -> None:
     """Free the dense weights of a finished block: its codes say the same."""
     for site in block.sites:
@@ -331,12 +208,3 @@ def _drop_dense(block: Block) -> None:
 def dense(sites: Sequence[Site]) -> dict[str, Tensor]:
     """Return the weights that the sites' codes stand for, by full parameter name, in float32."""
     return {site.parameter: site.quantized.dequantize().float() for site in sites if site.quantized is not None}
-
-
-def rounded_to_nearest(sites: Sequence[Site]) -> dict[str, Tensor]:
-    """Return the weights of the sites, rounded to nearest, by full parameter name."""
-    rounded = {}
-    for site in sites:
-        quantized = round_to_nearest(site.weight, site.scheme, site.scale_dtype)
-        rounded[site.parameter] = quantized.dequantize().to(site.weight.dtype)
-    return rounded

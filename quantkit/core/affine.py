@@ -36,7 +36,7 @@ class _RoundToGrid(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0913  the equation has that many symbols
+    def forward(
         ctx: Any,  # noqa: ANN401
         weight: Tensor,
         step: Tensor,

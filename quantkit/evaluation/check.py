@@ -11,7 +11,6 @@ from torch import Tensor
 
 from quantkit.calibrate.data import evaluation_windows
 from quantkit.calibrate.text import Corpus, read_text
-from quantkit.core.scheme import QuantScheme
 from quantkit.errors import ModelError, UsageError
 from quantkit.evaluation.coverage import Coverage, coverage, report_faults, size_faults
 from quantkit.evaluation.divergence import divergence
@@ -114,7 +113,7 @@ def check(  # noqa: PLR0913
         say(f"comparing with {against}")
         found.facts |= {"against": against, "text": text or DEFAULT_TEXT}
         if quantization := documents.quantization:
-            quantize_activations(model, QuantScheme.parse(quantization.scheme), dense=quantization.ignore)
+            quantize_activations(model, next(iter(quantization.schemes.values())), dense=quantization.ignore)
         rows = _windows(corpora, tokenizer, model, seqlen, windows)
         _compare(model, load_model(against, device=device)[0], rows, found, say)
     return CheckResult(faults=tuple(dict.fromkeys(found.faults)), facts=_finite(found.facts))

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from quantkit.calibrate.data import load_tokenizer
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import ModelError, UsageError
-from quantkit.exporters.compressed_tensors import OWN, scheme_of, weights_only
+from quantkit.exporters.compressed_tensors import OWN, schemes_of, weights_only
 from quantkit.model import names
 from quantkit.model.activations import Activations
 from quantkit.model.checkpoint import Checkpoint
@@ -73,7 +73,7 @@ def load_model(
         tokenizer = load_tokenizer(directory)
     _place(loaded, place)
     if own and activations:
-        quantize_activations(loaded, scheme_of(own), dense=own["ignore"])
+        quantize_activations(loaded, _any_scheme(own), dense=own["ignore"])
     return loaded, tokenizer
 
 
@@ -128,9 +128,14 @@ def _own_quantization(config: PretrainedConfig, directory: Path) -> Mapping[str,
     if not isinstance(found, dict) or OWN not in found:
         return None
     try:
-        return found if scheme_of(found).quantizes_activations else None
-    except (KeyError, TypeError, AttributeError, UsageError) as error:
+        return found if _any_scheme(found).quantizes_activations else None
+    except (KeyError, TypeError, AttributeError, StopIteration, UsageError) as error:
         raise ModelError(f"{directory / 'config.json'} is damaged: it names no scheme ({error})") from error
+
+
+def _any_scheme(quantization: Mapping[str, Any]) -> QuantScheme:
+    """Return one of the schemes: they agree in all that they say of activations."""
+    return next(iter(schemes_of(quantization).values()))
 
 
 def _from_pretrained(directory: Path, config: PretrainedConfig | None) -> tuple[PreTrainedModel, dict[str, Any]]:

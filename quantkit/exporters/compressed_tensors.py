@@ -180,9 +180,7 @@ def schemes_of(config: Mapping[str, Any]) -> dict[str, QuantScheme]:
     """
     own = QuantScheme.parse(str(config[OWN]["scheme"])) if OWN in config else QuantScheme()
     return {
-        target: replace(
-            own, bits=weights["num_bits"], group_size=weights["group_size"], symmetric=weights["symmetric"]
-        )
+        target: replace(own, bits=weights["num_bits"], group_size=weights["group_size"], symmetric=weights["symmetric"])
         for group in config["config_groups"].values()
         for weights in [group["weights"]]
         for target in group["targets"]

@@ -1,7 +1,7 @@
 """End-to-end distillation of scales: the whole quantized model learns the original's logits, its codes as they are.
 
-Chen et al., EfficientQAT, arXiv 2407.11062, section 3.3 (E2E-QP), with the original model's distribution in the place of
-the text's tokens: minimise KL(original || quantized) over the scale of every group and the weights of the norms.
+Chen et al., EfficientQAT, arXiv 2407.11062, section 3.3 (E2E-QP), with the original model's distribution in the place
+of the text's tokens: minimise KL(original || quantized) over the scale of every group and the weights of the norms.
 
 Codes, zero points and format do not change. A block is computed again in the backward pass (Chen et al., arXiv
 1604.06174), so besides the codes only one block and the hidden states between blocks are in memory.
@@ -34,7 +34,7 @@ class Distill:
         lr: learning rate of the scales, as a share of each.
         norms_lr: learning rate of the norms' weights, as a share of each; 0 leaves them as they are.
         schedule: what becomes of the learning rates; batches come in random order.
-        amp: compute matrix products in bfloat16 while training where the CPU has instructions for it, as GPUs always do.
+        amp: compute matrix products in bfloat16 while training, where the CPU has instructions for it; GPUs always do.
     """
 
     phase: ClassVar[Phase] = Phase.COMPENSATE
@@ -134,7 +134,8 @@ class _Scale(nn.Module):
         steps = self.quantized.codes.float().unflatten(1, (self.scale.shape[1], -1))
         if self.quantized.zero_point is not None:
             steps -= self.quantized.zero_point.float().unsqueeze(-1)
-        return (steps * self.value().unsqueeze(-1)).flatten(1)
+        weight: Tensor = steps * self.value().unsqueeze(-1)
+        return weight.flatten(1)
 
     def finished(self) -> QuantizedTensor:
         """Return the same codes with the learned scales."""

@@ -7,7 +7,7 @@ forward pass over all batches for each group of linears that share an input, as 
 Past the paper: the order of the columns leaves the groups together (static grids), and bounds can be searched for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -85,9 +85,10 @@ class GPTQ:
         for site in window.sites:
             site.quantized = _plain(site)[0] if worse else rounded[site.name][0]
 
-    def solve(self, window: Window) -> dict[str, Rounded]:
+    def solve(self, window: Window, grids: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, Rounded]:
         """Return each site's quantized weight and the weight that its columns had when they were rounded, by name.
 
+        `grids` are bounds of each group, (out, groups) each, by full parameter name, where they are known.
         Groups of linears take their turns in the order in which the blocks compute them.
         """
         solved: dict[str, Rounded] = {}
@@ -96,12 +97,18 @@ class GPTQ:
         groups = groups_in_order(window)
         for turn, sites in enumerate(groups):
             heard = measured or input_statistics(window, Hessian, sites=sites, parameters=dense)
-            solved |= self._round(sites, heard[sites[0].name], window)
+            solved |= self._round(sites, heard[sites[0].name], window, grids or {})
             dense |= {site.parameter: _dense(site, solved[site.name][0]) for site in sites}
             window.tick((turn + 1) / len(groups))
         return solved
 
-    def _round(self, sites: Sequence[Site], statistic: Hessian, window: Window) -> dict[str, Rounded]:
+    def _round(
+        self,
+        sites: Sequence[Site],
+        statistic: Hessian,
+        window: Window,
+        grids: Mapping[str, tuple[Tensor, Tensor]],
+    ) -> dict[str, Rounded]:
         """Round linears that share an input: to nearest, with a note, if nothing useful is known of it."""
         hessian = statistic.value
         if not statistic.tokens or not hessian.isfinite().all():
@@ -117,6 +124,7 @@ class GPTQ:
                 curvature,
                 site.scheme,
                 site.scale_dtype,
+                bounds=grids.get(site.parameter),
                 find=partial(searched_bounds, scale_dtype=site.scale_dtype) if self.search else group_bounds,
                 transposed=site.transposed,
             )

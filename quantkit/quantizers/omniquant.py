@@ -4,9 +4,9 @@ Each group's bounds shrink by a learned share of its smallest and largest weight
 
     low = sigmoid(beta) * min(w)        high = sigmoid(gamma) * max(w)
 
-scales move between norms, values, queries and keys and the linears that read them (LET, section 3.3), and both minimise
-|| F(W, X) - F(Q(W), Q(X')) ||^2 over the output of a window of blocks, where X is the reference stream and X' the actual
-one. With `aug_loss` the term || F(W, X') - F(Q(W), Q(X')) ||^2 is added.
+scales move between norms, values, queries and keys and the linears that read them (LET, section 3.3), and both
+minimise || F(W, X) - F(Q(W), Q(X')) ||^2 over the output of a window of blocks, where X is the reference stream and X'
+the actual one. With `aug_loss` the term || F(W, X') - F(Q(W), Q(X')) ||^2 is added.
 
 Past the paper, in the same loop: windows of several blocks that slide by one (CBQ, arXiv 2312.07950), learned rounding
 (AdaRound, arXiv 2004.10568; SignRound, arXiv 2309.05516), learned weights (EfficientQAT, arXiv 2407.11062), and a start
@@ -26,6 +26,7 @@ from quantkit.calibrate.statistics import Range, input_statistics
 from quantkit.core.affine import round_to_nearest
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import UNQUANTIZED, QuantScheme
+from quantkit.core.search import searched_bounds
 from quantkit.errors import UsageError
 from quantkit.model.block import Site
 from quantkit.model.device import native_bfloat16
@@ -54,9 +55,10 @@ class OmniQuant:
         weights_lr: learning rate of the weights, in steps.
         aug_loss: add the distance to what the original blocks make of the actual stream.
         window: blocks that are optimised together.
-        init: where rounding and weights start: the original weights (`nearest`) or those that GPTQ rounds (`gptq`).
+        init: where the clipping starts, and rounding and weights: at almost the whole range and the original weights
+            (`nearest`), at searched bounds (`search`), or there and at the weights that GPTQ rounds (`gptq`).
         schedule: what becomes of the learning rates; batches come in random order unless it is `constant`.
-        amp: compute matrix products in bfloat16 while training where the CPU has instructions for it, as GPUs always do.
+        amp: compute matrix products in bfloat16 while training, where the CPU has instructions for it; GPUs always do.
     """
 
     phase: ClassVar[Phase] = Phase.ROUND
@@ -75,7 +77,7 @@ class OmniQuant:
     weights_lr: float = 2e-3
     aug_loss: bool = False
     window: int = 1
-    init: Literal["nearest", "gptq"] = "nearest"
+    init: Literal["nearest", "search", "gptq"] = "nearest"
     schedule: Schedule = "constant"
     amp: bool = False
 
@@ -89,7 +91,7 @@ class OmniQuant:
                 raise UsageError(f"{name} must be positive, not {getattr(self, name)}")
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"alpha must be between 0 and 1, not {self.alpha}")
-        for name, known in (("schedule", SCHEDULES), ("init", ("nearest", "gptq"))):
+        for name, known in (("schedule", SCHEDULES), ("init", ("nearest", "search", "gptq"))):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if self.rounding and self.weights:
@@ -164,7 +166,7 @@ class OmniQuant:
 
         window.amp = self.amp and native_bfloat16(window.device)
         result = fit(
-            self._groups(quantizers.values(), transforms, math.sqrt(len(window.inputs[0]))),
+            self._groups([*quantizers.values()], transforms, math.sqrt(len(window.inputs[0]))),
             loss,
             batches=len(window.inputs),
             updates=self.updates,
@@ -181,10 +183,15 @@ class OmniQuant:
         """Return the quantizer of every site by parameter name, those of an earlier window as they are."""
         quantizers = {site.parameter: site.learned or self._quantizer(site) for site in window.sites}
         new = [site for site in window.sites if site.learned is None]
-        if self.init == "gptq" and new:
-            moved = GPTQ(search=False).solve(window)
+        if self.init != "nearest" and self.lwc:
             for site in new:
-                quantizers[site.parameter].start_from(moved[site.name][1])
+                found = searched_bounds(site.weight, site.scheme, scale_dtype=site.scale_dtype)
+                quantizers[site.parameter].clip_to(*found)
+        if self.init == "gptq" and new:
+            grids = {name: quantizer.bounds() for name, quantizer in quantizers.items()}
+            rounded = GPTQ().solve(window, grids)
+            for site in new:
+                quantizers[site.parameter].weight = rounded[site.name][1]
         return quantizers
 
     def _quantizer(self, site: Site) -> WeightQuantizer:

@@ -1,4 +1,4 @@
-"""What can be learned about a block: the clipping, rounding and values of its weights, and its equivalent transforms."""
+"""What can be learned about a block: clipping, rounding and values of its weights, and its equivalent transforms."""
 
 from collections.abc import Mapping
 
@@ -29,7 +29,7 @@ class WeightQuantizer(nn.Module):
     2309.05516); without a limit it moves the weight anywhere (Chen et al., EfficientQAT, arXiv 2407.11062).
 
     Attributes:
-        weight: w, where nothing else is given in a call.
+        weight: w, where nothing else is given in a call; it may be replaced by what another method made of it.
         clip: whether the clipping is used; otherwise bounds are the smallest and largest weight.
     """
 
@@ -49,9 +49,12 @@ class WeightQuantizer(nn.Module):
         self.beta = nn.Parameter(torch.full_like(self.low, INITIAL_LOGIT))
         self.offset = nn.Parameter(torch.zeros_like(weight)) if offset else None
 
-    def start_from(self, moved: Float[Tensor, "out in"]) -> None:
-        """Let the rounding start from another weight, for example GPTQ's, on the grid of this one."""
-        self.weight = moved
+    @torch.no_grad()
+    def clip_to(self, low: Float[Tensor, "out groups"], high: Float[Tensor, "out groups"]) -> None:
+        """Let the clipping start at these bounds, a share of the smallest and largest weight each."""
+        for logit, bound, extreme in ((self.gamma, high, self.high), (self.beta, low, self.low)):
+            share = torch.where(extreme == 0, 1.0, bound / extreme)
+            logit.copy_(share.logit().clamp(-INITIAL_LOGIT, INITIAL_LOGIT))
 
     def bounds(
         self, weight: Float[Tensor, "out in"] | None = None

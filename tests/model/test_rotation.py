@@ -162,7 +162,9 @@ def test_a_model_is_rotated_block_by_block_too(tiny, family):
     for index in range(len(skeleton.blocks)):
         module = skeleton.load_block(index, checkpoint, torch.float32, CPU)
         rotation.rotate_block(module)
-        hidden = Block(index=index, name="block", module=module, sites=[]).forward(hidden, recording.arguments[0][index])
+        hidden = Block(index=index, name="block", module=module, sites=[]).forward(
+            hidden, recording.arguments[0][index]
+        )
     with skeleton.outer_weights(checkpoint, torch.float32, CPU):  # filled anew: the skeleton was left as it was
         rotation.rotate_outer(skeleton.model)
         found = finish(skeleton, tokens(), hidden)
