@@ -34,7 +34,7 @@ def bench(tmp_path):
 
 
 def put(bench, tool, cell, perplexity):
-    document = {"perplexity": perplexity, "seconds": 7.2, "peak_bytes": 5e8}
+    document = {"perplexity": perplexity, "seconds": 7.2, "cpu_seconds": 9.8, "peak_bytes": 5e8}
     bench._save(tool, peers.Cell.parse(cell), document)
 
 
@@ -64,7 +64,7 @@ def test_the_table_names_the_lowest_and_the_share_of_rtn(bench):
     text = peers.table(bench, [peers.Cell.parse("w3g32"), peers.Cell.parse("w3")], list(peers.TOOLS))
     assert "| tool | W3 g32 | W3 per channel |" in text
     assert "| quantkit-best | **2.5000** | – |" in text
-    assert "| W3 g32 | gptq | 3.0000 | -25.0% | 7 | 500 |" in text
+    assert "| W3 g32 | gptq | 3.0000 | -25.0% | 7 | 10 | 500 |" in text
     assert text.count("**") == 4  # once in each of the two tables
 
 

@@ -1,16 +1,16 @@
 """What the drivers of `peers.py` share; they run in the peers' own environments, so nothing of quantkit is imported.
 
 A driver turns one model directory into another whose decoder linears are dense, dequantized float32 and whose other
-tensors are the source's. Its seconds go from directory to directory (loading and writing included, imports not), its
-peak memory is the process's.
+tensors are the source's. Its seconds go from directory to directory (loading and writing included, imports not), in
+wall time and in processor time (its own and that of compilers it calls); its peak memory is the process's.
 """
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,14 +62,14 @@ def run(quantize: Callable[[Task, nn.Module], Mapping[str, Tensor]]) -> None:
     from transformers import AutoModelForCausalLM
 
     task, figures = arguments()
-    start = time.monotonic()
+    start = os.times()
     model = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32).eval()
     expected = {f"{name}.weight" for name in decoder_linears(model)}
     weights = quantize(task, model)
     if strays := (expected - set(weights)) or {name for name in weights if ".layers." not in name}:
         sys.exit(f"the tool did not change the decoder's linears and nothing else: {sorted(strays)[:3]}")
     write_dense(task.model, task.output, weights)
-    report(figures, time.monotonic() - start)
+    report(figures, start)
 
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -114,8 +114,12 @@ def write_dense(source: Path, output: Path, weights: Mapping[str, Tensor]) -> No
     (output / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2), encoding="utf-8")
 
 
-def report(figures: Path, seconds: float) -> None:
-    """Write the seconds and this process's peak memory."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    figures.write_text(json.dumps({"seconds": seconds, "peak_bytes": peak}), encoding="utf-8")
+def report(figures: Path, start: os.times_result) -> None:
+    """Write the seconds since `start` and this process's peak memory."""
+    now, unit = os.times(), 1 if sys.platform == "darwin" else 1024
+    measured = {
+        "seconds": now.elapsed - start.elapsed,
+        "cpu_seconds": sum(now[:4]) - sum(start[:4]),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    }
+    figures.write_text(json.dumps(measured), encoding="utf-8")

@@ -8,9 +8,10 @@ draws, quantize the decoder's linears only, asymmetric, and write a checkpoint; 
 confirmed by --referee SCRIPT (called as SCRIPT DIRECTORY TEXT SEQLEN WINDOWS). Peers' checkpoints are dense (the
 quantized weights, dequantized to float32), quantkit's are what it exports.
 
-Seconds go from the model's directory to the written checkpoint (loading included, imports and evaluation not), peak
-memory is ru_maxrss of the process that did it. Every run is a process of its own and ends in a file in --work: called
-again, only what is missing runs. `--table` runs nothing.
+Seconds go from the model's directory to the written checkpoint (loading included, imports and evaluation not), in wall
+time and in processor time, which other work on the machine hardly changes; peak memory is ru_maxrss of the process.
+Every run is a process of its own and ends in a file in --work: called again, only what is missing runs. `--table` runs
+nothing.
 """
 
 import argparse
@@ -246,7 +247,11 @@ def table(bench: Bench, cells: list[Cell], tools: list[str]) -> str:
         lines.append(f"| {tool} | " + " | ".join(row) + " |")
     if full:
         lines += ["", f"Not quantized: {full['perplexity']:.4f}. Lowest of a column in bold."]
-    lines += ["", "| setting | tool | perplexity | against RTN | seconds | peak MB |", "|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| setting | tool | perplexity | against RTN | seconds | CPU s | peak MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for cell in cells:
         rtn = results.get(("rtn", cell)) or results.get(("quantkit-rtn", cell))
         for tool in shown:
@@ -254,7 +259,7 @@ def table(bench: Bench, cells: list[Cell], tools: list[str]) -> str:
                 share = f"{found['perplexity'] / rtn['perplexity'] - 1:+.1%}" if rtn else "–"
                 lines.append(
                     f"| {cell.title} | {tool} | {_perplexity(found, best[cell])} | {share} "
-                    f"| {found['seconds']:.0f} | {found['peak_bytes'] / 1e6:.0f} |"
+                    f"| {found['seconds']:.0f} | {found['cpu_seconds']:.0f} | {found['peak_bytes'] / 1e6:.0f} |"
                 )
     return "\n".join(lines)
 
