@@ -119,7 +119,9 @@ class Recipe:
             order = " → ".join(f"{name} ({built[name].phase.name.lower()})" for name in built)
             raise UsageError(f"the passes are out of order: {order}; folding comes first, then pruning, then rounding")
         if phases.count(Phase.ROUND) != 1:
-            raise UsageError(f"exactly one pass must round, not {phases.count(Phase.ROUND)}")
+            raise UsageError(
+                _wrong_rounding([name for name, step in built.items() if step.phase is Phase.ROUND], built)
+            )
         return built
 
     def to_toml(self) -> str:
@@ -166,6 +168,25 @@ class Recipe:
         return recipe
 
 
+def from_defaults(
+    model: str,
+    changes: Mapping[str, Any],
+    *,
+    method: str | None = None,
+    preset: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Return the recipe of one method or of a preset, the default one if there is neither; the rest as `with_changes`.
+
+    Raises:
+        UsageError: as `with_changes`.
+    """
+    base = Recipe.for_method(model, method) if method else Recipe(model=model)
+    return with_changes(
+        base, changes, method=method, preset=preset if method else preset or presets.DEFAULT, options=options
+    )
+
+
 def with_changes(
     recipe: Recipe,
     changes: Mapping[str, Any],
@@ -183,11 +204,13 @@ def with_changes(
         changes: fields of Recipe, QuantScheme or Calibration by their own names.
         method: replace the passes by this method; None keeps them.
         preset: replace the passes, and the batch unless it is among the changes, by those of this preset.
-        options: hyper-parameters; each is set in the first pass that has one of its name.
+        options: hyper-parameters; `lr` is set in the first pass that has one of that name, `distill.lr` in that pass.
 
     Raises:
-        UsageError: an unknown name, or a value that is out of range.
+        UsageError: an unknown name, a value that is out of range, or a method and a preset.
     """
+    if method and preset:
+        raise UsageError(f"--method {method} and --preset {preset} both say how to quantize; give one")
     own, scheme, calibration = ([f.name for f in fields(kind)] for kind in (Recipe, QuantScheme, Calibration))
     _refuse_unknown(changes, [*own, *scheme, *calibration], "a recipe")
     for kind, names in ((Recipe, own), (QuantScheme, scheme), (Calibration, calibration)):
@@ -217,15 +240,34 @@ def _with_preset(recipe: Recipe, name: str, *, keep_batch: bool) -> Recipe:
 def _with_options(
     passes: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]
 ) -> Mapping[str, Mapping[str, Any]]:
-    """Return the passes with each option in the first one that has a hyper-parameter of its name."""
+    """Return the passes with each option in the pass that it names, or in the first that has one of its name."""
     changed: dict[str, dict[str, Any]] = {name: dict(own) for name, own in passes.items()}
     known = {name: [f.name for f in fields(methods.find("quantizers", name))] for name in passes}
     for option, value in options.items():
-        owner = next((name for name, names in known.items() if option in names), None)
+        wanted, _, own = option.rpartition(".")
+        if wanted:
+            _refuse_unknown([wanted], [*passes], "the recipe's list of passes")
+            _refuse_unknown([own], known[wanted], f"the method {wanted}")
+        owner = wanted or next((name for name, names in known.items() if own in names), None)
         if owner is None:
-            _refuse_unknown([option], [*chain.from_iterable(known.values())], f"the method {' + '.join(passes)}")
-        changed[owner or ""][option] = value
+            _refuse_unknown([own], [*chain.from_iterable(known.values())], f"the method {' + '.join(passes)}")
+        changed[owner or ""][own] = value
     return changed
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Return name and value of `NAME=VALUE`: a TOML value, or a bare word, which means itself.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    name, _, value = (part.strip() for part in text.partition("="))
+    try:
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        if not name or not value.isidentifier():
+            raise UsageError(f"--set takes NAME=VALUE such as lr=0.001 or schedule=linear, not {text!r}") from None
+        return name, value
 
 
 def _settle_bits(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,6 +297,16 @@ def _read_passes(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"it names the pass {name} twice")
         steps[name] = entry
     return steps
+
+
+def _wrong_rounding(rounding: Sequence[str], passes: Iterable[str]) -> str:
+    """Say that not exactly one of `passes` is `rounding`, and what to do."""
+    if rounding:
+        return f"exactly one pass must round, not {len(rounding)} ({', '.join(rounding)}); leave out all but one"
+    return (
+        f"nothing rounds: {', '.join(passes)} only improves what another method rounded; "
+        "use --preset balanced, or name both as passes of a --recipe"
+    )
 
 
 def _build(name: str, options: Mapping[str, Any], scheme: QuantScheme) -> Pass:

@@ -16,6 +16,7 @@ LEVELS = [
     {"evaluation"},
     {"methods"},
     {"recipe"},
+    {"workload"},
     {"costs", "allocation"},
     {"planning"},
     {"pipeline"},
