@@ -56,9 +56,9 @@ def plan(plan: "Plan", recipe: "Recipe", *, as_json: bool) -> None:
     if as_json:
         _print_json(plan_facts(plan, recipe))
         return
-    _out.print(_plan_table(plan, recipe))
-    _out.print(_sites_table(plan))
-    _out.print(_presets_table(plan))
+    _out.print(_plan_table(plan, recipe), "")
+    _out.print(_sites_table(plan), "")
+    _out.print(_presets_table(plan), "")
     _print_notes(_out, plan)
 
 

@@ -280,7 +280,7 @@ def _skipped_pairs(skeleton: Skeleton, *, let_down: bool) -> Iterator[str]:
             blocks[reason] = blocks.get(reason, 0) + 1
     for reason, number in blocks.items():
         where = "" if number == len(skeleton.blocks) else f" (in {number} of {len(skeleton.blocks)} blocks)"
-        yield f"no equivalent transform for {reason}{where}"
+        yield f"equivalent transforms skip {reason}{where}"
 
 
 def _workload(skeleton: Skeleton, recipe: Recipe, budget: Budget | None, device: torch.device) -> Workload:

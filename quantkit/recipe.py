@@ -7,7 +7,7 @@ from itertools import chain
 from math import isfinite
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import tomli_w
 
@@ -15,6 +15,8 @@ from quantkit import methods, presets
 from quantkit.calibrate.passes import Pass, Phase
 from quantkit.core.scheme import MAX_BITS, MIN_BITS, QuantScheme
 from quantkit.errors import UsageError, nearest
+
+R = TypeVar("R", bound="Recipe")
 
 DEFAULT_GROUP_SIZE = 128  # the one group size that every runtime of the field has kernels for
 SAMPLES_TO_CHECK = 4
@@ -142,7 +144,7 @@ class Recipe:
 
     @classmethod
     def from_toml(cls, path: Path, model: str | None = None) -> Self:
-        """Read a recipe file; `model` replaces the model that it names.
+        """Read a recipe file; `model` replaces the model that it names. Without passes it means the default preset.
 
         Raises:
             UsageError: not TOML, or a key or value that a recipe does not have.
@@ -154,16 +156,18 @@ class Recipe:
                 table["scheme"] = _scheme_of_target(table.get("scheme", {"group_size": DEFAULT_GROUP_SIZE}))
             if "scheme" in table:  # a table without group_size means one scale per row; no table means the default
                 table["scheme"] = _build_dataclass(QuantScheme, table["scheme"])
-            table["calibration"] = _build_dataclass(Calibration, table.pop("calibration", {}))
+            text = table.pop("calibration", {})
+            table["calibration"] = _build_dataclass(Calibration, text)
             table["ignore"] = tuple(table.pop("ignore", ()))
             if model is not None:
                 table["model"] = model
             if "model" not in table:
                 raise UsageError(f"the recipe {path} names no model; give one on the command line")
-            chosen = {"passes": steps} if steps else {}
-            recipe: Self = _build_dataclass(cls, {**table, **chosen})
+            recipe: Self = _build_dataclass(cls, {**table, "passes": steps} if steps else table)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is no recipe: {error}") from error
+        if not steps:
+            recipe = _with_preset(recipe, presets.DEFAULT, keep_batch="batch_size" in text)
         recipe.build_passes()
         return recipe
 
@@ -231,7 +235,7 @@ def with_changes(
     return changed
 
 
-def _with_preset(recipe: Recipe, name: str, *, keep_batch: bool) -> Recipe:
+def _with_preset(recipe: R, name: str, *, keep_batch: bool) -> R:
     preset = presets.find(name, recipe.nominal_scheme)
     batch = recipe.calibration.batch_size if keep_batch else min(preset.batch_size, recipe.calibration.samples)
     return replace(recipe, passes=preset.passes, calibration=replace(recipe.calibration, batch_size=batch))
@@ -246,7 +250,7 @@ def _with_options(
     for option, value in options.items():
         wanted, _, own = option.rpartition(".")
         if wanted:
-            _refuse_unknown([wanted], [*passes], "the recipe's list of passes")
+            _refuse_unknown([wanted], [*passes], "the list of passes")
             _refuse_unknown([own], known[wanted], f"the method {wanted}")
         owner = wanted or next((name for name, names in known.items() if own in names), None)
         if owner is None:
@@ -262,12 +266,14 @@ def parse_setting(text: str) -> tuple[str, Any]:
         UsageError: it is neither.
     """
     name, _, value = (part.strip() for part in text.partition("="))
+    table = {"value": value} if value.isidentifier() and value not in ("true", "false") else {}
     try:
-        return name, tomllib.loads(f"value = {value}")["value"]
+        table = table or tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
-        if not name or not value.isidentifier():
-            raise UsageError(f"--set takes NAME=VALUE such as lr=0.001 or schedule=linear, not {text!r}") from None
-        return name, value
+        table = {}
+    if not name or not table:
+        raise UsageError(f"--set takes NAME=VALUE such as lr=0.001 or schedule=linear, not {text!r}")
+    return name, table["value"]
 
 
 def _settle_bits(changes: Mapping[str, Any]) -> dict[str, Any]:
