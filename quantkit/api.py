@@ -14,7 +14,7 @@ from quantkit.evaluation.loading import load_model
 from quantkit.evaluation.perplexity import Perplexity, perplexity
 from quantkit.pipeline import Progress, execute, prepare
 from quantkit.planning import Plan
-from quantkit.recipe import Recipe, with_changes
+from quantkit.recipe import Recipe, from_defaults
 
 __all__ = ["CheckResult", "Quantized", "check", "evaluate", "generate", "make_recipe", "plan", "quantize"]
 
@@ -30,23 +30,26 @@ class Quantized:
 def make_recipe(
     model: str | Path,
     *,
-    method: str = "omniquant",
+    method: str | None = None,
+    preset: str | None = None,
     options: Mapping[str, Any] | None = None,
     **fields: Any,  # noqa: ANN401
 ) -> Recipe:
-    """Return the recipe of a run with one method.
+    """Return the recipe of a run: that of a preset, or of one method.
 
     Args:
         model: a directory, a Hub id or an alias.
-        method: name of the method.
-        options: hyper-parameters of the method.
+        method: name of one method, with its own defaults.
+        preset: `fast`, `balanced`, `best` or `paper`; None without a method: `balanced`.
+        options: hyper-parameters; `lr` is set in the first pass that has one of that name, `distill.lr` in that pass.
         fields: `wbits` or `target_bpw` (bits chosen by measured loss), `group_size` (None: one scale per row),
             `symmetric`; `abits`, `symmetric_activations`, `kv_bits`; `rotate`; `ignore` (globs); `calibration` (a name,
             a file, or `self`: text that the model writes), `samples`, `seqlen`, `batch_size`, `allow_short`; `seed`,
             `revision`.
 
     Raises:
-        UsageError: a value that is out of range, an unknown method, field or hyper-parameter.
+        UsageError: a value that is out of range, an unknown method, preset, field or hyper-parameter, or a method and a
+            preset.
     """
     names = {
         "wbits": "bits",
@@ -59,7 +62,7 @@ def make_recipe(
     }
     if "ignore" in changes:
         changes["ignore"] = tuple(changes["ignore"])
-    return with_changes(Recipe.for_method(str(model), method), changes, method=method, options=options)
+    return from_defaults(str(model), changes, method=method, preset=preset, options=options)
 
 
 def quantize(

@@ -1,8 +1,8 @@
 """What `quantkit list` shows."""
 
-from quantkit import methods
+from quantkit import methods, presets
 
-KINDS = ("methods", "models", "calibrations", "formats")
+KINDS = ("methods", "presets", "models", "calibrations", "formats")
 
 
 def rows(kind: str) -> list[dict[str, str]]:
@@ -12,6 +12,8 @@ def rows(kind: str) -> list[dict[str, str]]:
             {"method": name, "what it does": methods.summary("quantizers", name)}
             for name in methods.names("quantizers")
         ]
+    if kind == "presets":
+        return [{"preset": name, "what it does": text} for name, text in presets.DESCRIPTIONS.items()]
     if kind == "formats":
         return [
             {"format": name, "what it is": methods.summary("exporters", name)} for name in methods.names("exporters")

@@ -70,8 +70,12 @@ def quantize(
             help="Activations have no zero points, as vLLM computes them. (default: asymmetric)",
         ),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="How much work it is worth: fast, balanced, best or paper. (default: balanced)"),
+    ] = None,
     method: Annotated[
-        str | None, typer.Option(help="How to quantize: quantkit list methods. (default: omniquant)")
+        str | None, typer.Option(help="Instead of --preset: one method, as published. See quantkit list methods.")
     ] = None,
     ignore: Annotated[
         list[str] | None,
@@ -96,15 +100,32 @@ def quantize(
         bool | None,
         typer.Option("--allow-short", help="Go on when the text has fewer sequences than asked for."),
     ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Passes over the calibration data. (default: 20; 40 at 2 bits)")
+    updates: Annotated[
+        int | None, typer.Option(help="Updates for each window of blocks. (default: the preset's)")
     ] = None,
-    lwc_lr: Annotated[
-        float | None, typer.Option(help="Learning rate of the clipping (omniquant). (default: 0.01)")
+    window: Annotated[
+        int | None, typer.Option(help="Blocks that are optimised together. (default: the preset's, 1 or 2)")
     ] = None,
+    let: Annotated[
+        bool | None,
+        typer.Option("--let/--no-let", help="Learn equivalent transforms. (default: where activations are quantized)"),
+    ] = None,
+    lwc_lr: Annotated[float | None, typer.Option(help="Learning rate of the clipping. (default: the preset's)")] = None,
     aug_loss: Annotated[
         bool | None,
-        typer.Option("--aug-loss/--no-aug-loss", help="Second loss term (omniquant). (default: at 2 bits)"),
+        typer.Option("--aug-loss/--no-aug-loss", help="Second loss term. (default: paper at 2 bits and W4A4)"),
+    ] = None,
+    rotate: Annotated[
+        bool | None,
+        typer.Option("--rotate/--no-rotate", help="Rotate the residual stream, folded into weights. (default: no)"),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other hyper-parameter; `distill.updates=0` means that of one pass; repeatable.",
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. (default: 0)")] = None,
     device: Device = None,
@@ -144,17 +165,18 @@ def quantize(
             "batch_size": batch_size,
             "allow_short": allow_short,
         }
-        options = {"epochs": epochs, "lwc_lr": lwc_lr, "aug_loss": aug_loss}
+        learning = {"updates": updates, "window": window, "let": let, "lwc_lr": lwc_lr, "aug_loss": aug_loss}
         chosen = _recipe(
             model,
             recipe,
-            method,
-            _given(options),
             {
-                **_given({**scheme, **text, "seed": seed, "revision": revision}),
+                **_given({**scheme, **text, "rotate": rotate, "seed": seed, "revision": revision}),
                 **({"ignore": tuple(ignore)} if ignore else {}),
                 **({"group_size": _group_size(group_size)} if group_size else {}),
             },
+            method=method,
+            preset=preset,
+            options=_options(_given(learning), set_ or []),
         )
         if not dry_run and output is None:
             raise UsageError("say where to write with -o DIRECTORY, or look first with --dry-run")
@@ -273,10 +295,10 @@ def generate(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="methods, models, calibrations or formats.")],
+    what: Annotated[str, typer.Argument(help="methods, presets, models, calibrations or formats.")],
     as_json: Json = False,
 ) -> None:
-    """List what there is: methods, models (aliases), calibrations (texts) or formats."""
+    """List what there is: methods, presets, models (aliases), calibrations (texts) or formats."""
     with _errors(as_json):
         from quantkit import catalogue
 
@@ -302,19 +324,27 @@ def _root(
     pass
 
 
-def _recipe(
-    model: str | None, file: Path | None, method: str | None, options: dict[str, Any], changes: dict[str, Any]
-) -> Any:  # noqa: ANN401  a Recipe, whose module is not imported for --help
+def _recipe(model: str | None, file: Path | None, changes: dict[str, Any], **how: Any) -> Any:  # noqa: ANN401
     """Return the recipe of the flags: the defaults, or a file's, with the flags that were given changed."""
-    from quantkit.recipe import Recipe, with_changes
+    from quantkit.recipe import Recipe, from_defaults, with_changes
 
     if file is not None:
-        base = Recipe.from_toml(file, model)
-    elif model is not None:
-        base = Recipe.for_method(model, method or "omniquant")
-    else:
-        raise UsageError("name a model: quantkit quantize MODEL -o DIRECTORY (quantkit list models shows aliases)")
-    return with_changes(base, changes, method=method, options=options)
+        return with_changes(Recipe.from_toml(file, model), changes, **how)
+    if model is not None:
+        return from_defaults(model, changes, **how)
+    raise UsageError("name a model: quantkit quantize MODEL -o DIRECTORY (quantkit list models shows aliases)")
+
+
+def _options(flags: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """Return the hyper-parameters that have a flag of their own, and those of `--set`."""
+    from quantkit.recipe import parse_setting
+
+    options = dict(flags)
+    for name, value in map(parse_setting, settings):
+        if name in options:
+            raise UsageError(f"the hyper-parameter {name} is given twice; leave one out")
+        options[name] = value
+    return options
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,16 @@
 """Predicted memory and time of a run, from sizes alone and from three operations timed on this machine.
 
 Memory counts what lives at the same time. First everything outside the blocks, while the blocks' inputs are recorded;
-later the two streams, one block in float32, its rounded copies, and what one training update saves. The factors below
-were measured with `scripts/bench/memory.py`; report.json puts every prediction beside what happened.
+then the streams and one window of blocks in float32: their rounded copies, what is trained of them, and what one update
+saves. A pass over the whole model holds the codes of all blocks, what is trained of their scales, the hidden states
+between the blocks, one block's weights, everything outside the blocks, and the logits of one sequence.
+
+Time counts matrix products, elementwise operations and calls. An update of a window is three forward passes over one
+batch, and one of the whole model is four, since every block is computed twice; besides, its logits are made once for
+the original and made and differentiated for the quantized model.
+
+The factors below were measured with `scripts/bench/memory.py` and with the presets on a small model; report.json puts
+every prediction beside what happened.
 """
 
 import math
@@ -15,12 +23,20 @@ import torch
 
 from quantkit.calibrate import sensitivity
 from quantkit.calibrate.engine import CHECK_SEQUENCES, CHECK_TOKENS
+from quantkit.workload import Workload
 
 LIBRARIES = 75e6  # what torch, tokenizers and safetensors allocate when they are first used
 COPIES_ROUNDED = 2.0  # float32 copies, codes and temporaries of a block that is rounded for comparison
 COPIES_TRAINED = 1.5  # fake-quantized weights and their gradients during an update
+COPIES_DISTILLED = 4.0  # float32 weights of one block that are made of codes, what is saved of that, and gradients
+COPIES_LOGITS = 6  # logits of a sequence, their logarithms and probabilities, of both models, and gradients
+BYTES_TRAINED = 20  # per number that is trained: value, gradient, two averages, and the best value so far
+BYTES_CODE, BYTES_SCALE = 1, 7  # codes; scale and zero point as they are stored, and the scale in float32
 SWEEPS_PER_UPDATE = 14  # elementwise operations on a block's weights in one update, forward and backward
+SWEEPS_PER_TRAINED = 10  # the same on what is trained
+SWEEPS_PER_LOGIT = 14  # the same on the logits of both models
 CALLS_PER_UPDATE = 130  # operations of any size that an update makes for each linear; they decide for small models
+CALLS_PER_COLUMN = 12  # the same for each column that is rounded after others
 SWEEPS_PER_DRAW = 10  # elementwise operations on the logits when a token is drawn, some of them in float64
 CALLS_PER_STEP = 20  # operations for each linear while the model writes one token of a text
 SWEEPS_PER_ROUNDING = 10  # the same for one clipping of a block that is rounded to measure its loss
@@ -29,80 +45,42 @@ OVERHEAD = 1.3  # everything else
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
-    """The sizes of a run.
+class Speed:
+    """What a machine does now.
 
     Attributes:
-        blocks: number of blocks.
-        block_parameters: parameters of the largest block.
-        block_linears: number of linears in a block.
-        block_features: input and output features of its linears, summed.
-        outer_parameters: parameters outside the blocks.
-        width: size of a hidden state.
-        vocabulary: number of tokens that the model knows.
-        stored_bytes: bytes of one stored parameter of the source.
-        samples: calibration sequences.
-        seqlen: tokens in one.
-        batch_size: sequences in a batch.
-        streams: copies of the hidden states that are kept.
-        updates: training updates, over one batch each, that a block takes part in; 0: nothing is trained.
-        forwards: forward passes of a block over all samples that the methods make besides.
-        hessian: inputs of the widest linear of which second moments are held; 0: of none.
-        ties: groups of linears in a block whose loss is measured first; 0: none is.
-        widths: how many widths each of them is measured at.
-        device: where blocks are computed.
-        at_once: sequences that the model writes side by side to be calibrated on; 0: it writes none.
-        cache: numbers in the keys and values of one such sequence.
+        rate: floating-point operations per second of a matrix product.
+        sweep: seconds per element of an elementwise operation.
+        call: seconds of the smallest operation.
     """
 
-    blocks: int
-    block_parameters: int
-    block_linears: int
-    block_features: int
-    outer_parameters: int
-    width: int
-    vocabulary: int
-    stored_bytes: int
-    samples: int
-    seqlen: int
-    batch_size: int
-    streams: int
-    updates: float
-    forwards: float
-    hessian: int
-    device: torch.device
-    ties: int = 0
-    widths: int = 0
-    at_once: int = 0
-    cache: int = 0
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the blocks are computed on a GPU."""
-        return self.device.type == "cuda"
-
-    @property
-    def parameters(self) -> int:
-        """All parameters of the model, as if every block were as large as the largest."""
-        return self.blocks * self.block_parameters + self.outer_parameters
+    rate: float
+    sweep: float
+    call: float
 
 
 def host_memory(work: Workload) -> int:
     """Return the predicted peak of resident memory in bytes, from what this process has now."""
-    base = psutil.Process().memory_info().rss + LIBRARIES
+    base = resident_memory() + LIBRARIES
     written = 2 * work.block_parameters * work.stored_bytes  # a shard, and the bytes that safetensors makes of it
     logits = 2 * 4 * CHECK_SEQUENCES * CHECK_TOKENS * work.vocabulary
     outside = _outer(work) + logits
-    walk = _streams(work) + written + (outside if work.on_gpu else max(outside, _block(work)))
+    blocks = 0 if work.on_gpu else max(_window(work), _whole(work))
+    walk = _streams(work) + written + max(outside, blocks)
     loaded = work.parameters * work.stored_bytes if work.on_gpu else writing_memory(work)
     return int(base + max(walk, loaded if work.at_once else 0))
+
+
+def resident_memory() -> int:
+    """Return the resident memory of this process now, in bytes."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def device_memory(work: Workload) -> int:
     """Return the predicted peak of GPU memory in bytes, 0 for a run on the CPU."""
     if not work.on_gpu:
         return 0
-    return int(max(_streams(work) + max(_outer(work), _block(work)), writing_memory(work)))
+    return int(max(_streams(work) + max(_outer(work), _window(work), _whole(work)), writing_memory(work)))
 
 
 def writing_memory(work: Workload) -> int:
@@ -118,42 +96,66 @@ def free_memory(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
-def duration(work: Workload) -> float:
-    """Return the predicted seconds of the walk over the blocks, and of writing the text if the model does."""
-    rate, sweep, call = machine_speed(work.device)
-    forward = 2 * work.block_parameters * work.samples * work.seqlen / rate
-    forwards = work.forwards + (4 if work.updates else 3)  # reference, rounded to nearest, (learned,) kept
-    batches = work.samples / work.batch_size
-    update = SWEEPS_PER_UPDATE * work.block_parameters * sweep + CALLS_PER_UPDATE * work.block_linears * call
-    training = work.updates * (3 * forward / batches + update)
+def duration(work: Workload, speed: Speed) -> float:
+    """Return the predicted seconds of a run but for reading and writing files."""
+    parts = (_walking(work, speed), _distilling(work, speed), _measuring(work, speed), _writing_text(work, speed))
+    return sum(parts) * OVERHEAD
+
+
+def _walking(work: Workload, speed: Speed) -> float:
+    """Return the seconds of the walk over the blocks."""
+    forward = _forward(work, work.samples) / speed.rate
+    learns = work.updates > 0
+    # reference, rounded to nearest, kept, and of the window: what was learned, and rounded to nearest again
+    forwards = work.forwards + 3 + work.window * (learns + (work.window > 1))
+    sweeps = SWEEPS_PER_UPDATE * work.block_parameters + SWEEPS_PER_TRAINED * work.trained
+    update = 3 * forward * work.batch_size / work.samples + sweeps * speed.sweep
+    training = work.updates * (update + CALLS_PER_UPDATE * work.block_linears * speed.call)
+    rounding = work.roundings * SWEEPS_PER_ROUNDING * work.block_parameters * speed.sweep
+    columns = CALLS_PER_COLUMN * work.block_columns * speed.call if work.hessian else 0.0
+    rotation = 2 * 2 * work.width * work.block_parameters / speed.rate if work.rotates else 0.0  # in float64
+    return work.blocks * (forwards * forward + training + rounding + columns + rotation)
+
+
+def _distilling(work: Workload, speed: Speed) -> float:
+    """Return the seconds of the updates of the whole model."""
+    if not work.whole:
+        return 0.0
+    tokens = work.batch_size * work.seqlen
+    products = 4 * work.blocks * _forward(work, work.batch_size) + 3 * 2 * tokens * work.width * work.vocabulary
+    sweeps = SWEEPS_PER_UPDATE * work.blocks * work.block_parameters + SWEEPS_PER_LOGIT * tokens * work.vocabulary
+    calls = CALLS_PER_UPDATE * work.blocks * work.block_linears
+    return work.whole * (products / speed.rate + sweeps * speed.sweep + calls * speed.call)
+
+
+def _measuring(work: Workload, speed: Speed) -> float:
+    """Return the seconds in which the loss of every group of linears at every width is measured."""
     tokens = min(work.samples, sensitivity.SEQUENCES) * min(work.seqlen, sensitivity.TOKENS)
-    trials = 2 * work.block_parameters * tokens / rate * (work.ties * work.widths + (work.ties > 0))
-    roundings = work.widths * len(sensitivity.SHRINK) * SWEEPS_PER_ROUNDING * work.block_parameters * sweep
-    walk = work.blocks * (forwards * forward + training + trials + roundings)
+    trials = 2 * work.block_parameters * tokens / speed.rate * (work.ties * work.widths + (work.ties > 0))
+    roundings = work.widths * len(sensitivity.SHRINK) * SWEEPS_PER_ROUNDING * work.block_parameters * speed.sweep
+    return work.blocks * (trials + roundings)
+
+
+def _writing_text(work: Workload, speed: Speed) -> float:
+    """Return the seconds in which the model writes its own calibration text."""
     if not work.at_once:
-        return walk * OVERHEAD
+        return 0.0
     touched = work.parameters + SWEEPS_PER_DRAW * work.at_once * work.vocabulary
-    step = touched * sweep + CALLS_PER_STEP * work.blocks * work.block_linears * call
+    step = touched * speed.sweep + CALLS_PER_STEP * work.blocks * work.block_linears * speed.call
     steps = math.ceil(work.samples / work.at_once) * work.seqlen
-    writing = 2 * work.parameters * work.samples * work.seqlen / rate + steps * step
-    return (walk + writing) * OVERHEAD
+    return 2 * work.parameters * work.samples * work.seqlen / speed.rate + steps * step
 
 
-def machine_speed(device: torch.device) -> tuple[float, float, float]:
-    """Return what this machine does now.
-
-    Returns:
-        Floating-point operations per second of a matrix product, seconds per element of an elementwise operation, and
-        seconds of the smallest operation.
-    """
+def machine_speed(device: torch.device) -> Speed:
+    """Return what this machine does now, by timing it."""
     gpu = device.type == "cuda"
     size = 4096 if gpu else 768
     matrix = torch.ones(size, size, device=device, dtype=torch.bfloat16 if gpu else torch.float32)
     small = matrix[:1, :1].clone()
-    return (
-        2 * size**3 / _fastest(lambda: matrix @ matrix, device),
-        _fastest(lambda: matrix * 2.0, device) / size**2,
-        _fastest(lambda: [small * 2.0 for _ in range(100)], device) / 100,
+    return Speed(
+        rate=2 * size**3 / _fastest(lambda: matrix @ matrix, device),
+        sweep=_fastest(lambda: matrix * 2.0, device) / size**2,
+        call=_fastest(lambda: [small * 2.0 for _ in range(100)], device) / 100,
     )
 
 
@@ -177,9 +179,32 @@ def _outer(work: Workload) -> int:
     return work.outer_parameters * (4 + work.stored_bytes)
 
 
-def _block(work: Workload) -> float:
+def _forward(work: Workload, sequences: int) -> float:
+    """Return the floating-point operations of one forward pass of a block."""
+    return 2.0 * work.block_parameters * sequences * work.seqlen
+
+
+def _activations(work: Workload) -> int:
+    """Return what one block saves in an update: inputs and outputs of the linears, as much again between them."""
+    return 2 * 4 * work.batch_size * work.seqlen * work.block_features
+
+
+def _window(work: Workload) -> float:
+    """Everything that a window of blocks takes while passes are applied to it."""
     learns = work.updates > 0
     weights = 4 * work.block_parameters * (1 + COPIES_ROUNDED + COPIES_TRAINED * learns)
-    # an update saves the inputs and outputs of the linears and about as much again between them
-    activations = 4 * work.batch_size * work.seqlen * work.block_features * (1 + learns)
-    return weights + activations + HESSIAN_BYTES * work.hessian**2
+    trained = BYTES_TRAINED * work.trained * learns
+    # without an update one block after the other is computed, and half is kept of each
+    activations = _activations(work) * (work.window if learns else 0.5)
+    return work.window * (weights + trained) + activations + HESSIAN_BYTES * work.hessian**2
+
+
+def _whole(work: Workload) -> float:
+    """Everything that a pass over the whole model takes; 0 if there is none."""
+    if work.whole is None:
+        return 0.0
+    codes = work.blocks * (BYTES_CODE * work.block_parameters + (BYTES_SCALE + BYTES_TRAINED) * work.block_scales)
+    between = 4 * work.blocks * work.batch_size * work.seqlen * work.width
+    logits = 4 * COPIES_LOGITS * work.seqlen * work.vocabulary
+    weights = 4 * COPIES_DISTILLED * work.block_parameters
+    return codes + between + max(logits, weights + _activations(work)) + _outer(work)

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -55,8 +56,9 @@ def plan(plan: "Plan", recipe: "Recipe", *, as_json: bool) -> None:
     if as_json:
         _print_json(plan_facts(plan, recipe))
         return
-    _out.print(_plan_table(plan, recipe))
-    _out.print(_sites_table(plan))
+    _out.print(_plan_table(plan, recipe), "")
+    _out.print(_sites_table(plan), "")
+    _out.print(_presets_table(plan), "")
     _print_notes(_out, plan)
 
 
@@ -66,7 +68,7 @@ def plan_facts(plan: "Plan", recipe: "Recipe") -> dict[str, Any]:
         "model": recipe.model,
         "model_type": plan.model_type,
         "architecture": plan.architecture,
-        "method": list(recipe.passes)[-1],
+        "method": " + ".join(recipe.passes),
         "scheme": plan.scheme,
         "target_bpw": recipe.target_bpw,
         "bits_per_weight": plan.bits_per_weight,
@@ -81,6 +83,7 @@ def plan_facts(plan: "Plan", recipe: "Recipe") -> dict[str, Any]:
         "memory_bytes": plan.memory_bytes,
         "device_bytes": plan.device_bytes,
         "seconds": plan.seconds,
+        "presets": [asdict(cost) for cost in plan.presets],
         "notes": list(plan.notes),
     }
 
@@ -90,7 +93,7 @@ class QuantizeProgress:
 
     def __init__(self, recipe: "Recipe", *, quiet: bool) -> None:
         self.recipe = recipe
-        self.counts_tokens = False
+        self.counted = ""
         self.quiet = quiet or not (sys.stdout.isatty() and sys.stderr.isatty())
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
@@ -122,13 +125,16 @@ class QuantizeProgress:
 
     def stage(self, name: str) -> None:
         """Name what is being done."""
-        self.counts_tokens = name == "writing text"
+        self.counted = name
         self.bar.reset(self.task, description=name, total=None, count="")
 
     def progress(self, done: float, total: int) -> None:
         """Move the bar."""
-        blocks = f"block {min(int(done) + 1, total)} of {total}"
-        count = f"token {int(done):,} of {total:,}" if self.counts_tokens else blocks
+        count = f"block {min(int(done) + 1, total)} of {total}"
+        if self.counted == "writing text":
+            count = f"token {int(done):,} of {total:,}"
+        elif self.counted == "distilling":  # all blocks at once
+            count = f"{done / total:.0%}"
         self.bar.update(self.task, completed=done, total=total, count=count)
 
     def block(self, report: "BlockReport") -> None:
@@ -171,6 +177,11 @@ def quantized(output: Path, report: Mapping[str, Any], *, as_json: bool) -> None
     fallbacks = [block["index"] for block in blocks if "fallback" in block["notes"]]
     if fallbacks:
         table.add_row("fallback", f"[yellow]rounded to nearest in blocks {', '.join(map(str, fallbacks))}[/]")
+    whole = report["whole"]
+    if "divergence_after" in whole:
+        before, after = whole["divergence_before"], whole["divergence_after"]
+        change = f" ({after / before - 1:+.0%})" if before else ""
+        table.add_row("divergence", f"{before:.3e} → {after:.3e} nats per token by distilling{change}")
     table.add_row("took", f"{_duration(measured['seconds'])}, peak memory {_bytes(measured['memory_bytes'])}")
     _out.print(table)
     if "allocation" in report:
@@ -253,6 +264,19 @@ def _plan_table(plan: "Plan", recipe: "Recipe") -> Table:
     return table
 
 
+def _presets_table(plan: "Plan") -> Table:
+    """What the presets would take, the one of the run marked."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    columns = ("presets", "memory", *(("GPU memory",) if plan.device_bytes else ()), "time", "")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("presets", "") else "right")
+    for cost in plan.presets:
+        device = (_bytes(cost.device_bytes),) if plan.device_bytes else ()
+        cells = (cost.name, _bytes(cost.memory_bytes), *device, _duration(cost.seconds))
+        table.add_row(*cells, "this run" if cost.chosen else "", style="bold" if cost.chosen else None)
+    return table
+
+
 def _print_notes(console: Console, plan: "Plan") -> None:
     for note in plan.notes:
         console.print(f"[yellow]note:[/] {escape(note)}")
@@ -308,9 +332,15 @@ def _facts_table(title: str) -> Table:
 
 
 def _options(step: object) -> str:
-    from dataclasses import asdict
+    """Say what is not the method's default; recipe.toml spells out the rest."""
+    values = {field.name: (getattr(step, field.name), field.default) for field in fields(step)}  # type: ignore[arg-type]
+    return ", ".join(
+        f"{name} {_said(value)}" for name, (value, default) in values.items() if value != default or name == "updates"
+    )
 
-    return ", ".join(f"{name} {value}" for name, value in asdict(step).items())  # type: ignore[call-overload]
+
+def _said(value: object) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def _fact(name: str, value: object) -> str:

@@ -21,7 +21,7 @@ from quantkit.calibrate.self_text import sample_tokens
 from quantkit.calibrate.sensitivity import SHRINK, Sensitivity
 from quantkit.calibrate.text import SELF, read_text
 from quantkit.calibrate.walk import BlockReport, Listener
-from quantkit.errors import DataError, OutputError
+from quantkit.errors import DataError, OutputError, UsageError
 from quantkit.evaluation.loading import load_model
 from quantkit.evaluation.manifest import CHECK, RECIPE, REPORT, check_document, tensor_manifest
 from quantkit.exporters.compressed_tensors import CompressedTensors
@@ -33,8 +33,9 @@ from quantkit.model.names import Source
 from quantkit.model.rotation import Rotation
 from quantkit.model.skeleton import Skeleton
 from quantkit.model.writer import Writer, refuse_existing, refuse_full_disk
-from quantkit.planning import Plan, make_plan, writing_batch
+from quantkit.planning import Plan, make_plan, too_large
 from quantkit.recipe import Recipe
+from quantkit.workload import writing_batch
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 _WRITTEN = {"config.json", INDEX, RECIPE, REPORT, CHECK}
@@ -48,7 +49,7 @@ class Progress(Listener, Protocol):
         """A stage begins.
 
         'reading text' or 'writing text', 'downloading' or 'opening weights', 'verifying weights', 'measuring',
-        'calibrating', 'writing'.
+        'calibrating', 'distilling', 'writing'.
         """
 
     def planned(self, plan: Plan) -> None:
@@ -104,15 +105,14 @@ def execute(
     """Quantize and write `output`; return the report.
 
     Raises:
+        UsageError: it would need more memory than is free.
         OutputError: `output` exists, would replace its own source, or the disk is too small or full.
         DataError, NetworkError: the calibration text cannot be had.
         ModelError: the weights are damaged.
     """
     progress = progress or Silent()
     started = time.monotonic()
-    refuse_existing(output, overwrite=overwrite)
-    _refuse_source(output, prepared.source.path)
-    refuse_full_disk(output, prepared.plan.output_bytes)
+    _refuse_what_cannot_work(prepared, output, overwrite=overwrite)
     progress.planned(prepared.plan)
     tokens = _tokens(prepared, progress)
     progress.stage("downloading" if prepared.source.id else "opening weights")
@@ -129,16 +129,25 @@ def execute(
         sink = _Sink(prepared, checkpoint, writer)
         engine = _engine(prepared, checkpoint)
         dropped = _tied_duplicate(prepared.skeleton, checkpoint)
-        reports, sample = engine.run(tokens.split(prepared.recipe.calibration.batch_size), sink.emit, progress)
+        batches, whole = tokens.split(prepared.recipe.calibration.batch_size), dict[str, Any]()
+        reports, sample = engine.run(batches, sink.emit, progress, whole)
         progress.stage("writing")
         with engine.outer_weights() as changed:
             sink.emit_outer(changed)
         sink.copy_rest(dropped)
         hashes = writer.close_shards()
-        report = _report(prepared, reports, tokens, sink, hashes, time.monotonic() - started)
+        report = _report(prepared, reports, tokens, sink, hashes, time.monotonic() - started) | {"whole": whole}
         _write_side_files(prepared, writer, report, sample)
         writer.finish()
     return report
+
+
+def _refuse_what_cannot_work(prepared: Prepared, output: Path, *, overwrite: bool) -> None:
+    refuse_existing(output, overwrite=overwrite)
+    _refuse_source(output, prepared.source.path)
+    refuse_full_disk(output, prepared.plan.output_bytes)
+    if refusal := too_large(prepared.plan):
+        raise UsageError(refusal)
 
 
 def _spend(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, progress: Progress) -> Prepared:
@@ -308,7 +317,7 @@ def _report(
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "source": {"model": recipe.model, "id": prepared.source.id, "revision": prepared.source.revision},
         "scheme": plan.scheme,
-        "method": list(recipe.passes)[-1],
+        "method": " + ".join(recipe.passes),
         "notes": list(plan.notes),
         "seed": recipe.seed,
         "device": str(plan.device),

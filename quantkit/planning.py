@@ -1,6 +1,6 @@
 """What a run will do, before it does anything: sites, sizes, memory, disk, time."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -9,19 +9,36 @@ from torch import Tensor, nn
 
 from quantkit import costs
 from quantkit.allocation import Allocation, Budget, Losses, describe
-from quantkit.calibrate.passes import Pass
-from quantkit.calibrate.self_text import cache_elements, sequences_at_once
-from quantkit.calibrate.text import SELF
 from quantkit.core.scheme import UNQUANTIZED, QuantScheme
 from quantkit.errors import UsageError
 from quantkit.exporters.compressed_tensors import CompressedTensors
 from quantkit.model.activations import attentions
 from quantkit.model.checkpoint import BYTES
+from quantkit.model.equivalence import find_pairs
 from quantkit.model.skeleton import LINEARS, Skeleton
-from quantkit.recipe import Recipe
+from quantkit.recipe import Recipe, with_changes
+from quantkit.workload import Workload, count, shape, workload
 
-DEFAULT_SEQLEN = 2048
-SEQLEN_TO_CHECK = 512  # for methods that do not learn: enough to measure block errors
+LEARNED = ("fast", "balanced", "best")  # the presets among which a user chooses, from the cheapest
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetCost:
+    """What a preset is predicted to take for the same model, scheme and text.
+
+    Attributes:
+        name: the preset.
+        memory_bytes: peak of resident host memory.
+        device_bytes: peak of GPU memory.
+        seconds: duration.
+        chosen: whether it is what the run does.
+    """
+
+    name: str
+    memory_bytes: int
+    device_bytes: int
+    seconds: float
+    chosen: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +68,7 @@ class Plan:
         seconds: predicted duration of the calibration.
         budget: what `--target-bpw` asks for, None without it.
         allocation: how the budget was spent, None before that.
+        presets: what the presets would take.
         notes: what the user should know, one sentence each.
     """
 
@@ -74,6 +92,7 @@ class Plan:
     seconds: float
     budget: Budget | None = None
     allocation: Allocation | None = None
+    presets: tuple[PresetCost, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -106,13 +125,14 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
     """
     linears = _block_linears(skeleton)
     schemes = _assign_schemes(linears, recipe)
-    shapes = {name: _shape(linears[name]) for name in schemes}
+    shapes = {name: shape(linears[name]) for name in schemes}
     budget = _budget(skeleton, recipe, {name: linears[name] for name in schemes})
     packed = _most_bytes(budget) if budget else _packed_bytes(shapes, schemes)
     bits = budget.target if budget else _bits_per_weight(shapes, schemes)
     work = _workload(skeleton, recipe, budget, device)
+    speed = costs.machine_speed(device)
     _refuse_too_large_to_write(work)
-    parameters = _count(skeleton.model.parameters()) + (_tied_head(skeleton) if recipe.rotate else 0)
+    parameters = count(skeleton.model.parameters()) + (_tied_head(skeleton) if recipe.rotate else 0)
     quantized = sum(rows * columns for rows, columns in shapes.values())
     classes = tuple(sorted({type(linears[name]).__name__ for name in schemes}))
     return Plan(
@@ -137,11 +157,13 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
         output_bytes=packed + (parameters - quantized) * work.stored_bytes,
         memory_bytes=costs.host_memory(work),
         device_bytes=costs.device_memory(work),
-        seconds=costs.duration(work),
+        seconds=costs.duration(work, speed),
         budget=budget,
+        presets=_preset_costs(skeleton, recipe, work, budget, speed),
         notes=(
             *_family_notes(skeleton, schemes, budget),
             *_attention_notes(skeleton, schemes),
+            *_method_notes(skeleton, recipe),
             *CompressedTensors().notices(schemes, classes),
         ),
     )
@@ -178,7 +200,7 @@ def _assign_schemes(linears: Mapping[str, nn.Module], recipe: Recipe) -> dict[st
     for name, module in linears.items():
         if not any(fnmatchcase(name, glob) for glob in recipe.ignore):
             try:
-                recipe.nominal_scheme.groups(_shape(module)[1])
+                recipe.nominal_scheme.groups(shape(module)[1])
             except UsageError as error:
                 raise UsageError(f"{name}: {error}") from None
             schemes[name] = recipe.nominal_scheme
@@ -197,7 +219,7 @@ def _budget(skeleton: Skeleton, recipe: Recipe, linears: Mapping[str, nn.Module]
                 f"--target-bpw writes several widths, which transformers loads into plain linears only, but {name} "
                 f"is a {type(module).__name__}; use --wbits"
             )
-    shapes = {name: _shape(module) for name, module in linears.items()}
+    shapes = {name: shape(module) for name, module in linears.items()}
     return Budget.of(recipe.target_bpw, recipe.nominal_scheme, skeleton, shapes)
 
 
@@ -240,73 +262,81 @@ def _family_notes(skeleton: Skeleton, schemes: Mapping[str, QuantScheme], budget
         )
 
 
-def _workload(skeleton: Skeleton, recipe: Recipe, budget: Budget | None, device: torch.device) -> costs.Workload:
-    passes = recipe.build_passes().values()
-    text_config = skeleton.config.get_text_config()
-    seqlen, writes = _sequence_length(skeleton, recipe), recipe.calibration.text == SELF
-    dtype = skeleton.config.dtype
-    return costs.Workload(
-        blocks=len(skeleton.blocks),
-        block_parameters=max(_count(block.parameters()) for block in skeleton.blocks),
-        block_linears=len(skeleton.block_linears(0)),
-        block_features=sum(sum(_shape(module)) for module in skeleton.block_linears(0).values()),
-        outer_parameters=_count(skeleton.outer_parameters().values()),
-        width=text_config.hidden_size,
-        vocabulary=text_config.vocab_size,
-        stored_bytes=dtype.itemsize if isinstance(dtype, torch.dtype) else torch.float32.itemsize,
-        samples=recipe.calibration.samples,
-        seqlen=seqlen,
-        batch_size=recipe.calibration.batch_size,
-        streams=2 + any(getattr(step, "aug_loss", False) for step in passes),
-        updates=_updates_per_block(len(skeleton.blocks), passes),
-        forwards=sum(getattr(step, "forwards_per_window", 0) for step in passes),
-        hessian=_widest_hessian(skeleton, passes),
-        ties=len(budget.ties) // len(skeleton.blocks) if budget else 0,
-        widths=len(budget.schemes) if budget else 0,
-        device=device,
-        at_once=min(recipe.calibration.samples, writing_batch(skeleton, seqlen)) if writes else 0,
-        cache=cache_elements(skeleton.config, seqlen) if writes else 0,
+def _method_notes(skeleton: Skeleton, recipe: Recipe) -> Iterator[str]:
+    """Tell what of the methods' settings the model does not let them do."""
+    for name, step in recipe.build_passes().items():
+        if step.blocks_at_once > len(skeleton.blocks):
+            yield f"{name} gets windows of {len(skeleton.blocks)} blocks, all that there are, not {step.blocks_at_once}"
+        if getattr(step, "let", False):
+            yield from _skipped_pairs(skeleton, let_down=getattr(step, "let_down", False))
+
+
+def _skipped_pairs(skeleton: Skeleton, *, let_down: bool) -> Iterator[str]:
+    """Tell which equivalent transforms are impossible, and in how many blocks."""
+    blocks: dict[str, int] = {}
+    for block in skeleton.blocks:
+        _, skipped = find_pairs(block, skeleton.architecture, skeleton.config, let_down=let_down)
+        for reason in skipped:
+            blocks[reason] = blocks.get(reason, 0) + 1
+    for reason, number in blocks.items():
+        where = "" if number == len(skeleton.blocks) else f" (in {number} of {len(skeleton.blocks)} blocks)"
+        yield f"equivalent transforms skip {reason}{where}"
+
+
+def _workload(skeleton: Skeleton, recipe: Recipe, budget: Budget | None, device: torch.device) -> Workload:
+    ties, widths = (len(budget.ties), len(budget.schemes)) if budget else (0, 0)
+    return workload(skeleton, recipe, device, ties=ties, widths=widths)
+
+
+def _preset_costs(
+    skeleton: Skeleton, recipe: Recipe, chosen: Workload, budget: Budget | None, speed: costs.Speed
+) -> tuple[PresetCost, ...]:
+    """Return what the presets would take in the place of the recipe's passes."""
+    found, passes = [], recipe.build_passes()
+    for name in LEARNED:
+        other = with_changes(recipe, {}, preset=name)
+        same = other.build_passes() == passes
+        work = chosen if same else _workload(skeleton, other, budget, chosen.device)
+        found.append(
+            PresetCost(
+                name=name,
+                memory_bytes=costs.host_memory(work),
+                device_bytes=costs.device_memory(work),
+                seconds=costs.duration(work, speed),
+                chosen=same,
+            )
+        )
+    return tuple(found)
+
+
+def too_large(plan: Plan) -> str | None:
+    """Say that a run needs more memory than is free, and which preset would not; None if it fits."""
+    free, on_device = costs.free_memory(torch.device("cpu")), costs.free_memory(plan.device)
+    has = costs.resident_memory()
+
+    def fits(cost: Plan | PresetCost) -> bool:
+        return cost.memory_bytes - has <= free and cost.device_bytes <= on_device
+
+    if fits(plan):
+        return None
+    on_host = plan.memory_bytes - has > free
+    needed, there = (plan.memory_bytes - has, free) if on_host else (plan.device_bytes, on_device)
+    smaller = next((cost.name for cost in reversed(plan.presets) if not cost.chosen and fits(cost)), None)
+    way = f"--preset {smaller} fits, or lower" if smaller else "lower"
+    where = "memory" if on_host else f"memory on {plan.device}"
+    return (
+        f"the run needs about {needed / 1e9:.2f} GB of {where} where {there / 1e9:.2f} GB are free; "
+        f"{way} --samples, --seqlen or --batch-size"
     )
 
 
-def _updates_per_block(blocks: int, passes: Iterable[Pass]) -> float:
-    """Return the updates that each block takes part in, on average: windows of several blocks overlap."""
-    total = 0
-    for step in passes:
-        span = min(blocks, step.blocks_at_once or blocks)
-        total += step.updates_per_window * span * (blocks - span + 1)
-    return total / blocks
-
-
-def writing_batch(skeleton: Skeleton, seqlen: int) -> int:
-    """Return how many sequences the model writes side by side where it writes its own calibration text."""
-    return sequences_at_once(_count(skeleton.model.parameters()), skeleton.config, seqlen)
-
-
-def _refuse_too_large_to_write(work: costs.Workload) -> None:
+def _refuse_too_large_to_write(work: Workload) -> None:
     needed, free = costs.writing_memory(work), costs.free_memory(work.device)
     if needed > free:
         raise UsageError(
             f"--calibration self needs the whole model in memory, {needed / 1e9:.1f} GB on {work.device} where "
             f"{free / 1e9:.1f} GB are free; use --calibration embedded or a text file, or a smaller --seqlen"
         )
-
-
-def _widest_hessian(skeleton: Skeleton, passes: Iterable[Pass]) -> int:
-    """Return the input features of the widest linear if a pass holds Hessians, otherwise 0."""
-    if not any(getattr(step, "second_order", False) for step in passes):
-        return 0
-    return max(_shape(module)[isinstance(module, nn.Linear)] for module in skeleton.block_linears(0).values())
-
-
-def _sequence_length(skeleton: Skeleton, recipe: Recipe) -> int:
-    text_config = skeleton.config.get_text_config()
-    context = int(getattr(text_config, "max_position_embeddings", None) or DEFAULT_SEQLEN)
-    wanted = recipe.calibration.seqlen
-    if wanted is not None and wanted > context:
-        raise UsageError(f"--seqlen {wanted} is longer than the model's context of {context}")
-    learns = any(step.learns for step in recipe.build_passes().values())
-    return wanted or min(DEFAULT_SEQLEN if learns else SEQLEN_TO_CHECK, context)
 
 
 def _packed_bytes(shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, QuantScheme]) -> int:
@@ -326,14 +356,3 @@ def _bits_per_weight(shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str
     sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
     bits = sum(size * schemes[name].bits_per_weight(shapes[name][1]) for name, size in sizes.items())
     return bits / sum(sizes.values())
-
-
-def _count(parameters: Iterable[Tensor]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    rows, columns = weight.shape
-    return rows, columns

@@ -1,10 +1,5 @@
 """Presets: how much calibration a model is worth. Each is a list of passes, spelled out in the recipe that is saved.
 
-fast        GPTQ: second moments of the inputs, no training
-balanced    OmniQuant with learned rounding, block by block, then the scales distilled from end to end
-best        the same for longer, over windows of two blocks
-paper       OmniQuant as its authors ran it
-
 With quantized activations all but `fast` learn equivalent transforms too.
 """
 
@@ -15,7 +10,13 @@ from typing import Any
 from quantkit.core.scheme import UNQUANTIZED, QuantScheme
 from quantkit.errors import UsageError, nearest
 
-NAMES = ("fast", "balanced", "best", "paper")
+DESCRIPTIONS = {
+    "fast": "GPTQ: second moments of the inputs, no training",
+    "balanced": "OmniQuant with learned rounding, then the scales distilled from end to end; the default",
+    "best": "the same for longer, over windows of two blocks",
+    "paper": "OmniQuant as its authors ran it",
+}
+NAMES = (*DESCRIPTIONS,)
 DEFAULT = "balanced"
 
 Passes = Mapping[str, Mapping[str, Any]]

@@ -7,7 +7,7 @@ from itertools import chain
 from math import isfinite
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import tomli_w
 
@@ -15,6 +15,8 @@ from quantkit import methods, presets
 from quantkit.calibrate.passes import Pass, Phase
 from quantkit.core.scheme import MAX_BITS, MIN_BITS, QuantScheme
 from quantkit.errors import UsageError, nearest
+
+R = TypeVar("R", bound="Recipe")
 
 DEFAULT_GROUP_SIZE = 128  # the one group size that every runtime of the field has kernels for
 SAMPLES_TO_CHECK = 4
@@ -119,7 +121,9 @@ class Recipe:
             order = " → ".join(f"{name} ({built[name].phase.name.lower()})" for name in built)
             raise UsageError(f"the passes are out of order: {order}; folding comes first, then pruning, then rounding")
         if phases.count(Phase.ROUND) != 1:
-            raise UsageError(f"exactly one pass must round, not {phases.count(Phase.ROUND)}")
+            raise UsageError(
+                _wrong_rounding([name for name, step in built.items() if step.phase is Phase.ROUND], built)
+            )
         return built
 
     def to_toml(self) -> str:
@@ -140,7 +144,7 @@ class Recipe:
 
     @classmethod
     def from_toml(cls, path: Path, model: str | None = None) -> Self:
-        """Read a recipe file; `model` replaces the model that it names.
+        """Read a recipe file; `model` replaces the model that it names. Without passes it means the default preset.
 
         Raises:
             UsageError: not TOML, or a key or value that a recipe does not have.
@@ -152,18 +156,39 @@ class Recipe:
                 table["scheme"] = _scheme_of_target(table.get("scheme", {"group_size": DEFAULT_GROUP_SIZE}))
             if "scheme" in table:  # a table without group_size means one scale per row; no table means the default
                 table["scheme"] = _build_dataclass(QuantScheme, table["scheme"])
-            table["calibration"] = _build_dataclass(Calibration, table.pop("calibration", {}))
+            text = table.pop("calibration", {})
+            table["calibration"] = _build_dataclass(Calibration, text)
             table["ignore"] = tuple(table.pop("ignore", ()))
             if model is not None:
                 table["model"] = model
             if "model" not in table:
                 raise UsageError(f"the recipe {path} names no model; give one on the command line")
-            chosen = {"passes": steps} if steps else {}
-            recipe: Self = _build_dataclass(cls, {**table, **chosen})
+            recipe: Self = _build_dataclass(cls, {**table, "passes": steps} if steps else table)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is no recipe: {error}") from error
+        if not steps:
+            recipe = _with_preset(recipe, presets.DEFAULT, keep_batch="batch_size" in text)
         recipe.build_passes()
         return recipe
+
+
+def from_defaults(
+    model: str,
+    changes: Mapping[str, Any],
+    *,
+    method: str | None = None,
+    preset: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Return the recipe of one method or of a preset, the default one if there is neither; the rest as `with_changes`.
+
+    Raises:
+        UsageError: as `with_changes`.
+    """
+    base = Recipe.for_method(model, method) if method else Recipe(model=model)
+    return with_changes(
+        base, changes, method=method, preset=preset if method else preset or presets.DEFAULT, options=options
+    )
 
 
 def with_changes(
@@ -183,11 +208,13 @@ def with_changes(
         changes: fields of Recipe, QuantScheme or Calibration by their own names.
         method: replace the passes by this method; None keeps them.
         preset: replace the passes, and the batch unless it is among the changes, by those of this preset.
-        options: hyper-parameters; each is set in the first pass that has one of its name.
+        options: hyper-parameters; `lr` is set in the first pass that has one of that name, `distill.lr` in that pass.
 
     Raises:
-        UsageError: an unknown name, or a value that is out of range.
+        UsageError: an unknown name, a value that is out of range, or a method and a preset.
     """
+    if method and preset:
+        raise UsageError(f"--method {method} and --preset {preset} both say how to quantize; give one")
     own, scheme, calibration = ([f.name for f in fields(kind)] for kind in (Recipe, QuantScheme, Calibration))
     _refuse_unknown(changes, [*own, *scheme, *calibration], "a recipe")
     for kind, names in ((Recipe, own), (QuantScheme, scheme), (Calibration, calibration)):
@@ -208,7 +235,7 @@ def with_changes(
     return changed
 
 
-def _with_preset(recipe: Recipe, name: str, *, keep_batch: bool) -> Recipe:
+def _with_preset(recipe: R, name: str, *, keep_batch: bool) -> R:
     preset = presets.find(name, recipe.nominal_scheme)
     batch = recipe.calibration.batch_size if keep_batch else min(preset.batch_size, recipe.calibration.samples)
     return replace(recipe, passes=preset.passes, calibration=replace(recipe.calibration, batch_size=batch))
@@ -217,15 +244,36 @@ def _with_preset(recipe: Recipe, name: str, *, keep_batch: bool) -> Recipe:
 def _with_options(
     passes: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]
 ) -> Mapping[str, Mapping[str, Any]]:
-    """Return the passes with each option in the first one that has a hyper-parameter of its name."""
+    """Return the passes with each option in the pass that it names, or in the first that has one of its name."""
     changed: dict[str, dict[str, Any]] = {name: dict(own) for name, own in passes.items()}
     known = {name: [f.name for f in fields(methods.find("quantizers", name))] for name in passes}
     for option, value in options.items():
-        owner = next((name for name, names in known.items() if option in names), None)
+        wanted, _, own = option.rpartition(".")
+        if wanted:
+            _refuse_unknown([wanted], [*passes], "the list of passes")
+            _refuse_unknown([own], known[wanted], f"the method {wanted}")
+        owner = wanted or next((name for name, names in known.items() if own in names), None)
         if owner is None:
-            _refuse_unknown([option], [*chain.from_iterable(known.values())], f"the method {' + '.join(passes)}")
-        changed[owner or ""][option] = value
+            _refuse_unknown([own], [*chain.from_iterable(known.values())], f"the method {' + '.join(passes)}")
+        changed[owner or ""][own] = value
     return changed
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Return name and value of `NAME=VALUE`: a TOML value, or a bare word, which means itself.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    name, _, value = (part.strip() for part in text.partition("="))
+    table = {"value": value} if value.isidentifier() and value not in ("true", "false") else {}
+    try:
+        table = table or tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError:
+        table = {}
+    if not name or not table:
+        raise UsageError(f"--set takes NAME=VALUE such as lr=0.001 or schedule=linear, not {text!r}")
+    return name, table["value"]
 
 
 def _settle_bits(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,6 +303,16 @@ def _read_passes(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"it names the pass {name} twice")
         steps[name] = entry
     return steps
+
+
+def _wrong_rounding(rounding: Sequence[str], passes: Iterable[str]) -> str:
+    """Say that not exactly one of `passes` is `rounding`, and what to do."""
+    if rounding:
+        return f"exactly one pass must round, not {len(rounding)} ({', '.join(rounding)}); leave out all but one"
+    return (
+        f"nothing rounds: {', '.join(passes)} only improves what another method rounded; "
+        "use --preset balanced, or name both as passes of a --recipe"
+    )
 
 
 def _build(name: str, options: Mapping[str, Any], scheme: QuantScheme) -> Pass:

@@ -251,7 +251,7 @@ def ambient():
     }
 
 
-@pytest.mark.parametrize(("method", "options"), [("rtn", {}), ("omniquant", {"epochs": 1})])
+@pytest.mark.parametrize(("method", "options"), [("rtn", {}), ("omniquant", {"updates": 1})])
 def test_a_run_changes_nothing_around_it(source, tmp_path, method, options):
     before = ambient()
     quantkit.quantize(source, output=tmp_path / "out", **(FEW | {"method": method, "options": options}))

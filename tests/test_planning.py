@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from families import WITHOUT_FILE, save_tiny, save_tokenizer
@@ -7,7 +9,9 @@ from quantkit import costs
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
 from quantkit.model.checkpoint import BYTES, Checkpoint
+from quantkit.model.skeleton import Skeleton
 from quantkit.resources import data_dir
+from quantkit.workload import workload
 
 FEW = {"method": "rtn", "calibration": "embedded", "samples": 1, "seqlen": 16, "device": "cpu"}
 SCHEMES = ["w2g32", "w3", "w3g64s", "w4g128", "w5s", "w8g32"]
@@ -75,10 +79,12 @@ def test_second_moments_count_by_the_widest_input(monkeypatch, tmp_path, family,
     save_tiny(family, tmp_path)
     save_tokenizer(tmp_path)
     seen = []
-    monkeypatch.setattr(costs, "duration", lambda work: seen.append(work) or 0.0)
-    fields = FEW | {"wbits": 3, "group_size": 32}
-    memory = [quantkit.plan(tmp_path, **fields | {"method": method}).memory_bytes for method in ("rtn", "gptq")]
-    assert [(work.hessian, work.forwards) for work in seen] == [(0, 0), (widest, 6)]
+    monkeypatch.setattr(costs, "duration", lambda work, speed: seen.append(work) or 0.0)
+    memory = []
+    for method, expected in (("rtn", (0, 0)), ("gptq", (widest, 6))):
+        seen.clear()
+        memory.append(quantkit.plan(tmp_path, **FEW | {"method": method}, wbits=3, group_size=32).memory_bytes)
+        assert (seen[0].hessian, seen[0].forwards) == expected
     assert memory[0] <= memory[1]
 
 
@@ -167,3 +173,102 @@ def test_a_plan_says_when_no_file_describes_the_family(tmp_path):
     save_tiny(WITHOUT_FILE, tmp_path)
     (note,) = quantkit.plan(tmp_path, **FEW, group_size=32).notes
     assert f"no architecture file describes {WITHOUT_FILE}" in note
+
+
+LEARN = {"group_size": 32, "calibration": "embedded", "samples": 8, "seqlen": 64, "device": "cpu"}
+
+
+def sizes(**fields):
+    """The workload of a run on the embedded model."""
+    recipe = quantkit.make_recipe("tiny", **{key: value for key, value in (LEARN | fields).items() if key != "device"})
+    return workload(Skeleton(data_dir("model_zoo") / "tiny"), recipe, torch.device("cpu"))
+
+
+def test_windows_are_counted():
+    one, two, all_five, more = (sizes(options={"window": n, "updates": 10}) for n in (1, 2, 5, 9))
+    assert [work.updates for work in (one, two, all_five)] == [10, 10 * 2 * 4 / 5, 10]
+    assert [work.streams for work in (one, two, all_five)] == [3, 4, 7]  # the start is kept for the whole model
+    assert one.trained == WEIGHTS_OF_A_BLOCK + 2 * WEIGHTS_OF_A_BLOCK // 32
+    assert (more, all_five.window) == (all_five, 5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "larger"),
+    [
+        ({"options": {"window": 1}}, {"options": {"window": 2}}),
+        ({"options": {"rounding": False}}, {"options": {"rounding": True}}),
+        ({"method": "omniquant"}, {"options": {"rounding": False, "aug_loss": False}}),
+        ({"options": {"window": 5}}, {"options": {"window": 5}, "batch_size": 8, "seqlen": 256}),
+    ],
+    ids=["window", "rounding", "whole", "batch"],
+)
+def test_memory_grows_with_what_is_held(monkeypatch, fields, larger):
+    monkeypatch.setattr(costs, "resident_memory", lambda: 0)
+    small, large = (dataclasses.replace(sizes(**each), outer_parameters=0) for each in (fields, larger))
+    assert costs.host_memory(small) < costs.host_memory(large)
+
+
+@pytest.mark.parametrize(
+    ("fields", "longer"),
+    [
+        ({"options": {"distill.updates": 0}}, {"options": {"distill.updates": 10}}),
+        ({"options": {"updates": 10}}, {"options": {"updates": 20}}),
+        ({"options": {"window": 1}}, {"options": {"window": 2}}),
+        ({}, {"rotate": True}),
+        ({"method": "rtn"}, {"method": "awq"}),
+        ({"method": "rtn"}, {"method": "gptq"}),
+    ],
+    ids=["distilling", "updates", "window", "rotation", "awq", "gptq"],
+)
+def test_time_grows_with_what_is_done(fields, longer):
+    speed = costs.Speed(rate=1e10, sweep=1e-9, call=1e-6)
+    assert costs.duration(sizes(**fields), speed) < costs.duration(sizes(**longer), speed)
+
+
+def test_the_presets_are_priced_and_the_chosen_one_is_marked():
+    plan = quantkit.plan("tiny", **LEARN, preset="best", wbits=3)
+    assert [cost.name for cost in plan.presets] == ["fast", "balanced", "best"]
+    assert [cost.chosen for cost in plan.presets] == [False, False, True]
+    assert plan.presets[2].seconds == plan.seconds
+    assert [cost.seconds for cost in plan.presets] == sorted(cost.seconds for cost in plan.presets)
+    changed = quantkit.plan("tiny", **LEARN, preset="best", options={"updates": 7})
+    assert not any(cost.chosen for cost in changed.presets)
+
+
+@pytest.mark.parametrize(
+    ("between", "way"), [(1, "--preset balanced fits, or "), (0, "--preset fast fits, or "), (None, "")]
+)
+def test_a_run_that_cannot_fit_names_the_nearest_preset_that_can(tmp_path, monkeypatch, between, way):
+    monkeypatch.setattr(costs, "resident_memory", lambda: 0)
+    monkeypatch.setattr(costs, "host_memory", lambda work: 10**9 * (1 + (work.updates > 0) + (work.window > 1)))
+    monkeypatch.setattr(costs, "free_memory", lambda device: 10**9 * (0.5 if between is None else between + 1.5))
+    with pytest.raises(UsageError) as caught:
+        quantkit.quantize("tiny", **LEARN, preset="best", output=tmp_path / "out")
+    free = 0.5 if between is None else between + 1.5
+    assert str(caught.value) == (
+        f"the run needs about 3.00 GB of memory where {free:.2f} GB are free; "
+        f"{way}lower --samples, --seqlen or --batch-size"
+    )
+    assert list(tmp_path.iterdir()) == []
+    assert quantkit.plan("tiny", **LEARN, preset="best").memory_bytes == 3 * 10**9  # a plan may be looked at
+
+
+def test_a_plan_says_which_equivalent_transforms_are_skipped(tmp_path):
+    save_tiny("llama", tmp_path / "llama")
+    few = FEW | {"group_size": 32, "method": "omniquant"}
+    assert quantkit.plan(tmp_path / "llama", **few, options={"let": True}).notes == ()
+    save_tiny(WITHOUT_FILE, tmp_path / "other")
+    first, second = quantkit.plan(tmp_path / "other", **few, options={"let": True}).notes
+    assert "no architecture file describes" in first
+    assert second.startswith("equivalent transforms skip all: no architecture file")
+    assert len(quantkit.plan(tmp_path / "other", **few, options={"let": False}).notes) == 1
+    save_tiny("falcon", tmp_path / "falcon")
+    partly = quantkit.plan(tmp_path / "falcon", **few, options={"let": True}).notes
+    assert partly
+    assert all(note.startswith("equivalent transforms skip ") for note in partly)
+
+
+def test_a_plan_says_when_a_window_is_larger_than_the_model():
+    (note,) = quantkit.plan("tiny", **LEARN, options={"window": 9}).notes
+    assert note == "omniquant gets windows of 5 blocks, all that there are, not 9"
+    assert quantkit.plan("tiny", **LEARN, options={"window": 5}).notes == ()

@@ -3,12 +3,12 @@ import re
 
 import pytest
 
-from quantkit import methods
+from quantkit import methods, presets
 from quantkit.api import make_recipe
 from quantkit.calibrate.passes import Phase
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
-from quantkit.recipe import Calibration, Recipe, with_changes
+from quantkit.recipe import Calibration, Recipe, parse_setting, with_changes
 
 RECIPES = {
     "defaults": Recipe(model="tiny"),
@@ -18,7 +18,7 @@ RECIPES = {
         model="org/model",
         revision="main",
         scheme=QuantScheme(bits=2, group_size=64),
-        passes={"omniquant": {"epochs": 3, "lwc_lr": 0.5, "aug_loss": False}},
+        passes={"omniquant": {"updates": 3, "lwc_lr": 0.5, "aug_loss": False}},
         calibration=Calibration(text="a.txt", samples=5, seqlen=77, batch_size=3, allow_short=True),
         seed=9,
     ),
@@ -62,7 +62,9 @@ def test_toml_gives_an_equal_recipe(tmp_path, recipe):
 
 def test_toml_spells_out_what_the_defaults_may_become(tmp_path):
     again = Recipe.from_toml(saved(tmp_path, Recipe(model="tiny", scheme=QuantScheme(bits=2)).to_toml()))
-    assert again.passes == {"omniquant": {"epochs": 40, "lwc_lr": 0.01, "aug_loss": True}}
+    spelled = again.passes["omniquant"]
+    assert (spelled["updates"], spelled["lwc_lr"], spelled["aug_loss"]) == (5120, 0.01, True)
+    assert set(spelled) == {field.name for field in dataclasses.fields(methods.find("quantizers", "omniquant"))}
 
 
 def test_a_recipe_may_be_for_any_model(tmp_path):
@@ -81,7 +83,7 @@ def test_the_command_lines_model_wins(tmp_path):
         ("seeed = 3", "'seeed' (did you mean seed"),
         ("[scheme]\nbit = 4", "'bit' (did you mean bits"),
         ("[calibration]\nsample = 4", "'sample' (did you mean samples"),
-        ('[[passes]]\nmethod = "omniquant"\nepoch = 1', "'epoch' (did you mean epochs"),
+        ('[[passes]]\nmethod = "omniquant"\nupdate = 1', "'update' (did you mean updates"),
         ('[[passes]]\nmethod = "omniquent"', "'omniquent' (did you mean omniquant?)"),
     ],
     ids=["recipe", "scheme", "calibration", "hyper-parameter", "method"],
@@ -97,7 +99,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(tmp_path, text, hint):
         "scheme = 4",
         "passes = 4",
         "passes = [4]",
-        "[[passes]]\nepochs = 1",
+        "[[passes]]\nupdates = 1",
         "calibration = []",
         "ignore = 3",
     ],
@@ -130,8 +132,8 @@ def test_a_recipe_that_is_not_there(tmp_path):
         ("[calibration]\ntext = 3", "text in the table of calibration must be a string, not 3"),
         ('seed = "x"', "seed in the table of recipe must be an integer, not 'x'"),
         (
-            '[[passes]]\nmethod = "omniquant"\nepochs = "x"',
-            "epochs in the method omniquant must be an integer, not 'x'",
+            '[[passes]]\nmethod = "omniquant"\nupdates = "x"',
+            "updates in the method omniquant must be an integer, not 'x'",
         ),
     ],
 )
@@ -155,22 +157,22 @@ def test_passes_out_of_order_are_named(phases, names):
 
 @pytest.mark.parametrize("names", [("fold",), ("fold", "prune")])
 def test_one_pass_must_round(phases, names):
-    with pytest.raises(UsageError, match=r"^exactly one pass must round, not 0$"):
+    with pytest.raises(UsageError, match=rf"^nothing rounds: {', '.join(names)} only .*; use --preset balanced, or"):
         phases(*names)
 
 
 def test_two_passes_must_not_round():
-    with pytest.raises(UsageError, match=r"^exactly one pass must round, not 2$"):
+    with pytest.raises(UsageError, match=r"^exactly one pass must round, not 2 \(rtn, omniquant\); leave out"):
         Recipe(model="tiny", passes={"rtn": {}, "omniquant": {}}).build_passes()
 
 
 def test_changes_reach_every_part():
     changes = {"bits": 3, "group_size": None, "samples": 2, "text": "embedded", "seed": 5, "model": "gpt2"}
-    changed = with_changes(RECIPES["everything"], changes, options={"epochs": 7})
+    changed = with_changes(RECIPES["everything"], changes, options={"updates": 7})
     assert changed.scheme == QuantScheme(bits=3)
     assert changed.calibration == dataclasses.replace(RECIPES["everything"].calibration, samples=2, text="embedded")
     assert (changed.seed, changed.model, changed.revision) == (5, "gpt2", "main")
-    assert changed.passes == {"omniquant": {"epochs": 7, "lwc_lr": 0.5, "aug_loss": False}}
+    assert changed.passes == {"omniquant": {"updates": 7, "lwc_lr": 0.5, "aug_loss": False}}
 
 
 def test_another_method_replaces_the_passes():
@@ -235,7 +237,9 @@ def test_a_target_is_symmetric_and_spells_out_no_bits(tmp_path):
     assert recipe.scheme == QuantScheme(bits=4, group_size=128, symmetric=True)
     assert str(recipe.nominal_scheme) == "w2a16g128s"
     assert recipe.build_passes() == make_recipe("tiny", wbits=2, symmetric=True).build_passes()
-    assert "bits" not in recipe.to_toml()
+    paper = make_recipe("tiny", target_bpw=2.5, preset="paper").build_passes()["omniquant"]
+    assert (paper.updates, paper.aug_loss) == (5120, True)  # what the paper has for 2 bits
+    assert "\nbits = " not in recipe.to_toml()
     assert Recipe.from_toml(saved(tmp_path, recipe.to_toml())).to_toml() == recipe.to_toml()
 
 
@@ -255,3 +259,82 @@ def test_bits_replace_a_target_and_a_target_replaces_bits():
     assert with_changes(target, {"bits": 5}) == make_recipe("tiny", wbits=5, group_size=32, symmetric=True)
     plain = make_recipe("tiny", wbits=5, group_size=32)
     assert str(with_changes(plain, {"target_bpw": 3.25}).nominal_scheme) == "w3a16g32s"
+
+
+def test_the_default_is_a_preset_and_a_method_is_as_published():
+    assert make_recipe("tiny") == make_recipe("tiny", preset="balanced")
+    assert make_recipe("tiny", method="omniquant").passes == {"omniquant": {}}
+    assert make_recipe("tiny", preset="paper").build_passes() == make_recipe("tiny", method="omniquant").build_passes()
+
+
+def test_a_recipe_without_passes_gets_the_default_preset(tmp_path):
+    recipe = Recipe.from_toml(saved(tmp_path, 'model = "tiny"\n[scheme]\nbits = 3\ngroup_size = 32'))
+    assert recipe == make_recipe("tiny", wbits=3, group_size=32)
+
+
+@pytest.mark.parametrize("name", presets.NAMES)
+def test_a_preset_survives_toml(tmp_path, name):
+    recipe = make_recipe("tiny", preset=name, abits=8, samples=3)
+    assert recipe.calibration.batch_size <= 3
+    again = Recipe.from_toml(saved(tmp_path, recipe.to_toml()))
+    assert again.build_passes() == recipe.build_passes()
+    assert again.calibration == recipe.calibration
+
+
+def test_a_preset_keeps_the_batch_that_was_asked_for():
+    assert make_recipe("tiny", preset="fast", batch_size=3).calibration.batch_size == 3
+
+
+def test_a_preset_replaces_the_passes_of_a_recipe():
+    changed = with_changes(RECIPES["everything"], {}, preset="fast")
+    assert (changed.passes, changed.seed) == ({"gptq": {}}, 9)
+
+
+def test_a_method_and_a_preset_are_refused():
+    with pytest.raises(UsageError, match=r"^--method rtn and --preset best both say how to quantize; give one$"):
+        make_recipe("tiny", method="rtn", preset="best")
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest():
+    with pytest.raises(UsageError, match=r"unknown preset 'balance' \(did you mean balanced"):
+        make_recipe("tiny", preset="balance")
+
+
+def test_an_option_goes_to_the_first_pass_that_has_it_or_to_the_one_it_names():
+    options = {"updates": 3, "distill.updates": 0, "norms_lr": 0.5, "omniquant.window": 4}
+    built = make_recipe("tiny", preset="balanced", options=options).build_passes()
+    assert (built["omniquant"].updates, built["omniquant"].window) == (3, 4)
+    assert (built["distill"].updates, built["distill"].norms_lr) == (0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        ("distil.updates", r"the list of passes has no 'distil' \(did you mean distill"),
+        ("distill.update", r"the method distill has no 'update' \(did you mean updates"),
+        ("update", r"the method omniquant \+ distill has no 'update' \(did you mean updates"),
+    ],
+)
+def test_an_option_that_no_pass_has(option, problem):
+    with pytest.raises(UsageError, match=problem):
+        make_recipe("tiny", options={option: 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("alpha=0.75", "alpha", 0.75),
+        (" distill.updates = 0", "distill.updates", 0),
+        ("rounding=true", "rounding", True),
+        ("schedule=linear", "schedule", "linear"),
+        ('schedule="cosine"', "schedule", "cosine"),
+    ],
+)
+def test_a_setting_is_a_toml_value_or_a_word(text, name, value):
+    assert parse_setting(text) == (name, value)
+
+
+@pytest.mark.parametrize("text", ["alpha", "alpha=", "=3", "alpha=[1", "alpha=0,5", ""])
+def test_a_setting_that_is_none(text):
+    with pytest.raises(UsageError, match=r"^--set takes NAME=VALUE such as lr=0.001"):
+        parse_setting(text)

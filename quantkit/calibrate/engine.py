@@ -68,7 +68,11 @@ class Engine:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def run(
-        self, batches: Sequence[Tensor], emit: Callable[[Block], None], listener: Listener
+        self,
+        batches: Sequence[Tensor],
+        emit: Callable[[Block], None],
+        listener: Listener,
+        notes: dict[str, object] | None = None,
     ) -> tuple[list[BlockReport], CheckSample]:
         """Walk over all blocks.
 
@@ -76,6 +80,7 @@ class Engine:
             batches: calibration tokens, (batch, tokens) int64 each.
             emit: receives every finished block while it is still in memory.
             listener: told about progress.
+            notes: receives what the passes over the whole model note.
 
         Returns:
             One report per block, and logits of the finished model on the first sequences.
@@ -113,9 +118,15 @@ class Engine:
             listener.progress(index + 1, len(self.skeleton.blocks))
         if whole:
             window = walk.whole(finished, start)
+            listener.stage("distilling")
             self._apply_to_whole(whole, window, batches)
-            weights = dense(window.sites)
-            plain = [window.forward(batch, weights).to(self.storage) for batch in range(len(plain))]
+            (notes if notes is not None else {}).update(window.notes)
+            plain = start[: len(plain)]
+            for place, block in enumerate(finished):  # one block's weights at a time
+                weights = dense(block.sites)
+                plain = [
+                    window.step(place, n, h.to(self.device), weights).to(self.storage) for n, h in enumerate(plain)
+                ]
             for block in finished:
                 emit(block)
         return reports, self._check_sample(batches, plain)

@@ -137,7 +137,8 @@ class Pass(Protocol):
         learns: whether it learns from calibration data, so that more data makes it better and slower.
 
     For predictions a pass may also have `forwards_per_window`, forward passes over all batches that it makes for each
-    window without an update, and `second_order`, true if it holds the Hessian of a linear.
+    window without an update, `roundings_per_window`, how often it rounds all weights to try something, and
+    `second_order`, true if it holds the Hessian of a linear.
     """
 
     phase: ClassVar[Phase]

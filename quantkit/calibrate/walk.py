@@ -36,6 +36,9 @@ class BlockReport:
 class Listener(Protocol):
     """Who wants to know how far the walk is."""
 
+    def stage(self, name: str) -> None:
+        """Another kind of work begins, and `progress` with it: 'distilling' after the walk, over the whole model."""
+
     def progress(self, done: float, total: int) -> None:
         """`done` of `total` blocks are finished; fractions in between."""
 
@@ -85,6 +88,7 @@ class Walk:
         self.span = min(self.total, max(step.blocks_at_once for step in passes))
         self.blocks: list[Block] = []
         self.references: list[list[Tensor]] = []
+        self.notes: Mapping[str, object] = {}  # those of the last window; they hold for all that was decided there
         self.last = list(actual)  # the reference stream after the last block that was loaded; both begin as one
 
     def advance(self, index: int) -> tuple[Block, BlockReport]:
@@ -95,7 +99,8 @@ class Walk:
             fresh += 1
         block, alone = self.blocks[0], self._window(index, count=1)
         error_rtn = alone.error(rounded_to_nearest(block.sites))
-        notes = self._optimise(index, fresh, error_rtn) if fresh else {}
+        if fresh:
+            self.notes = self._optimise(index, fresh, error_rtn)
         for site in block.sites:
             assert site.quantized is not None, f"no pass rounded {site.name}"
             site.weight.data = site.quantized.dequantize().to(site.weight.dtype)
@@ -106,7 +111,7 @@ class Walk:
         error = alone.error(keep=keep)
         self._advance_plain(alone)
         del self.blocks[0], self.references[0]
-        return block, BlockReport(index=index, error_rtn=error_rtn, error=error, notes=notes)
+        return block, BlockReport(index=index, error_rtn=error_rtn, error=error, notes=self.notes)
 
     @torch.no_grad()
     def _advance_plain(self, window: Window) -> None:

@@ -138,6 +138,7 @@ class AWQ:
 
     phase: ClassVar[Phase] = Phase.ROUND
     learns: ClassVar[bool] = True
+    second_order: ClassVar[bool] = True
 
     trials: int = 20
     clip: bool = True
@@ -160,6 +161,16 @@ class AWQ:
     def updates_per_window(self) -> int:
         """It makes no updates."""
         return 0
+
+    @property
+    def forwards_per_window(self) -> int:
+        """For the moments before and after scaling, as much for the products x x^T, and one for the error."""
+        return 2 * (1 + (self.trials > 0)) + 1
+
+    @property
+    def roundings_per_window(self) -> int:
+        """One for each power and for each share of the bounds that is tried."""
+        return self.trials + self.clip * round((1 - SMALLEST_SHARE) / SHARE_STEP)
 
     def apply(self, window: Window) -> None:
         """Scale, clip and round every site; what is worse than plain rounding is undone."""

@@ -7,7 +7,7 @@ Codes, zero points and format do not change. A block is computed again in the ba
 1604.06174), so besides the codes only one block and the hidden states between blocks are in memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -24,13 +24,15 @@ from quantkit.model.block import Block, Site
 from quantkit.model.device import native_bfloat16
 from quantkit.train.fit import SCHEDULES, ParameterGroup, Schedule, fit
 
+MEASURED = 4  # batches on which the divergence is measured before and after
+
 
 @dataclass(frozen=True, kw_only=True)
 class Distill:
     """Distillation of scales and norms over the whole model; learning rates grow with the square root of the batch.
 
     Attributes:
-        updates: updates, over one batch each.
+        updates: updates, over one batch each; 0 leaves everything as it is.
         lr: learning rate of the scales, as a share of each.
         norms_lr: learning rate of the norms' weights, as a share of each; 0 leaves them as they are.
         schedule: what becomes of the learning rates; batches come in random order.
@@ -72,6 +74,8 @@ class Distill:
     @torch.enable_grad()
     def apply(self, window: Window) -> None:
         """Learn the scales of every site of the model."""
+        if not self.updates:
+            return
         scales = {site.parameter: _Scale(site) for site in window.sites}
         norms = {name: _Norm(block, local) for block in window.blocks for name, local in self._norm_names(block)}
 
@@ -90,6 +94,7 @@ class Distill:
         groups = [ParameterGroup(parameters=[scale.factor for scale in scales.values()], lr=self.lr * root)]
         if norms:
             groups.append(ParameterGroup(parameters=[n.factor for n in norms.values()], lr=self.norms_lr * root))
+        window.notes["divergence_before"] = measured_divergence(window, run)
         window.amp = self.amp and native_bfloat16(window.device)
         result = fit(
             groups,
@@ -102,6 +107,7 @@ class Distill:
         )
         window.amp = False
         window.notes["divergence"] = result.losses
+        window.notes["divergence_after"] = measured_divergence(window, run)
         for site in window.sites:
             site.quantized = scales[site.parameter].finished()
         for norm in norms.values():
@@ -158,6 +164,22 @@ class _Norm(nn.Module):
         """Write the weight into the block."""
         self.block.module.get_parameter(self.name).data = self().detach()
         self.block.changed.add(self.name)
+
+
+def measured_divergence(window: Window, run: Callable[[int, int, Tensor], Tensor]) -> float:
+    """Return KL(original || quantized) in nats per token over the first batches, in float32.
+
+    `run(place, batch, hidden)` is what one block of the quantized model computes.
+    """
+    batches = range(min(len(window.inputs), MEASURED))
+    total = 0.0
+    for batch in batches:
+        with torch.no_grad():
+            hidden = window.inputs[batch].to(window.device)
+            for place in range(len(window.blocks)):
+                hidden = run(place, batch, hidden)
+        total += float(divergence(window, batch, hidden))
+    return total / len(batches)
 
 
 def divergence(window: Window, batch: int, hidden: Tensor) -> Tensor:

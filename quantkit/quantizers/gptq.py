@@ -19,7 +19,7 @@ from quantkit.calibrate.statistics import Hessian, groups_in_order, input_statis
 from quantkit.core.affine import group_bounds, round_to_nearest
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import QuantScheme
-from quantkit.core.search import searched_bounds
+from quantkit.core.search import TRIALS, searched_bounds
 from quantkit.core.second_order import Curvature, gptq
 from quantkit.errors import UsageError
 from quantkit.model.block import Site
@@ -71,6 +71,11 @@ class GPTQ:
     def forwards_per_window(self) -> int:
         """Four groups of linears in most families, as much as one more for the products x x^T, one for the error."""
         return 6 if self.true_sequential else 3
+
+    @property
+    def roundings_per_window(self) -> int:
+        """One for each share of the bounds that is tried."""
+        return TRIALS if self.search else 1
 
     def apply(self, window: Window) -> None:
         """Round the linears of the window; keep plain rounding if that is no worse."""

@@ -26,7 +26,7 @@ from quantkit.calibrate.statistics import Range, input_statistics
 from quantkit.core.affine import round_to_nearest
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import UNQUANTIZED, QuantScheme
-from quantkit.core.search import searched_bounds
+from quantkit.core.search import TRIALS, searched_bounds
 from quantkit.errors import UsageError
 from quantkit.model.block import Site
 from quantkit.model.device import native_bfloat16
@@ -122,6 +122,21 @@ class OmniQuant:
     def updates_per_window(self) -> int:
         """Updates for each window."""
         return self.updates
+
+    @property
+    def second_order(self) -> bool:
+        """Whether GPTQ gives the start."""
+        return self.init == "gptq"
+
+    @property
+    def forwards_per_window(self) -> int:
+        """For the augmented targets, for the ranges that transforms start from, and for GPTQ."""
+        return self.aug_loss + self.let + self.second_order * GPTQ().forwards_per_window
+
+    @property
+    def roundings_per_window(self) -> int:
+        """One for each share of the bounds that is tried."""
+        return TRIALS if self.init != "nearest" else 0
 
     def apply(self, window: Window) -> None:
         """Learn what is to be learned about the window, and quantize with it."""

@@ -15,6 +15,8 @@ from quantkit.cli import app
 
 SMALL = ["--group-size", "32", "--calibration", "embedded", "--samples", "2", "--seqlen", "32"]
 
+QUICK = ["--updates", "2", "--set", "distill.updates=2"]
+
 
 def run(*arguments):
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -31,11 +33,13 @@ def run_json(*arguments):
 def output(tmp_path_factory):
     """A model quantized by the command line, and what it printed."""
     path = tmp_path_factory.mktemp("cli") / "w3"
-    return path, run_json("quantize", "tiny", *SMALL, "--wbits", 3, "--epochs", 2, "-o", path)
+    return path, run_json("quantize", "tiny", *SMALL, "--wbits", 3, *QUICK, "-o", path)
 
 
 def test_quantize_reports(output):
     path, facts = output
+    assert facts["method"] == "omniquant + distill"
+    assert facts["whole"]["divergence_after"] > 0
     assert facts["output"] == str(path)
     assert facts["scheme"] == "w3a16g32"
     assert len(facts["blocks"]) == 5
@@ -76,6 +80,8 @@ def test_dry_run_writes_nothing_and_names_the_sites(tmp_path):
     assert facts["sites"]["model.layers.0.mlp.up_proj"] == [384, 128]
     assert "model.layers.0.mlp.down_proj" in facts["dense"]
     assert facts["seconds"] > 0
+    assert [cost["name"] for cost in facts["presets"] if cost["chosen"]] == ["balanced"]
+    assert {cost["name"] for cost in facts["presets"]} == {"fast", "balanced", "best"}
     assert list(tmp_path.iterdir()) == []
     assert "model.layers.*.mlp.up_proj" in run("quantize", "tiny", *SMALL, "--dry-run")
 
@@ -122,6 +128,8 @@ def test_generate(output):
     ("what", "row"),
     [
         ("methods", "omniquant"),
+        ("methods", "distill"),
+        ("presets", "balanced"),
         ("models", "llama-7b"),
         ("calibrations", "default"),
         ("formats", "compressed-tensors"),
@@ -171,7 +179,7 @@ def test_python_does_the_same_as_the_command_line(output, tmp_path):
         calibration="embedded",
         samples=2,
         seqlen=32,
-        options={"epochs": 2},
+        options={"updates": 2, "distill.updates": 2},
         output=tmp_path / "o",
     )
     assert result.report["sha256"] == json.loads((path / "report.json").read_text())["sha256"]
@@ -179,7 +187,7 @@ def test_python_does_the_same_as_the_command_line(output, tmp_path):
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path, sent):
-    command = ["quantize", "tiny", *SMALL, "--epochs", "100000", "-o", tmp_path / "out"]
+    command = ["quantize", "tiny", *SMALL, "--updates", "100000", "-o", tmp_path / "out"]
     process = subprocess.Popen(
         [sys.executable, "-m", "quantkit", *command],
         stderr=subprocess.PIPE,
