@@ -167,16 +167,18 @@ def divergence(window: Window, batch: int, hidden: Tensor) -> Tensor:
     what is returned passes their gradient on to `hidden`, (batch, tokens, width).
     """
     assert window.head is not None, "the pass needs a window of the whole model"
+    count, device = hidden.shape[:2].numel(), hidden.device.type
     total, gradients = 0.0, []
     for row in range(len(hidden)):
-        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=window.amp or hidden.device.type == "cuda"):
+        leaf = hidden[row : row + 1].detach().requires_grad_()
+        with torch.autocast(device, torch.bfloat16, enabled=window.amp or device == "cuda"):
             with torch.no_grad():
                 target = window.head(batch, row, window.targets[batch][row : row + 1].to(hidden)).log_softmax(-1)
-            leaf = hidden[row : row + 1].detach().requires_grad_()
-            guess = window.head(batch, row, leaf).log_softmax(-1)
-            value = (target.exp() * (target - guess)).sum() / hidden.shape[:2].numel()
-        (gradient,) = torch.autograd.grad(value, leaf)
-        total += float(value.detach())
+            logits = window.head(batch, row, leaf)
+        guess, share = logits.detach().log_softmax(-1), target.exp()
+        total += float((share * target.sub_(guess)).sum()) / count
+        # the gradient of the divergence in the logits is the difference of the two distributions
+        (gradient,) = torch.autograd.grad(logits, leaf, guess.exp_().sub_(share).div_(count))
         gradients.append(gradient)
     surrogate = (hidden * torch.cat(gradients)).sum()
     return surrogate - surrogate.detach() + total
