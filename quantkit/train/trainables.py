@@ -120,7 +120,8 @@ class BlockTransform(nn.Module):
             start = (largest.pow(alpha) / wide.pow(1 - alpha)).clamp(min=SMALLEST_SCALE)
             self.scales[key] = nn.Parameter(start)
             if shift and pair.shift:
-                self.shifts[key] = nn.Parameter(((reach.low + reach.high) / 2).clone())
+                low, high = -_by_free(-reach.low, pair), _by_free(reach.high, pair)
+                self.shifts[key] = nn.Parameter((low + high) / 2)
 
     def forward(self) -> dict[str, Tensor]:
         """Return the transformed parameters of the block by full name; gradients flow to scales and shifts."""
@@ -132,8 +133,7 @@ class BlockTransform(nn.Module):
     def keep_from_zero(self) -> None:
         """Keep the magnitude of every scale above the floor, its sign as it is."""
         for scale in self.scales.values():
-            small = scale.abs() < SMALLEST_SCALE
-            scale[small] = torch.where(scale[small] < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
+            scale.copy_(scale.abs().clamp(min=SMALLEST_SCALE).copysign(scale))
 
     def fold(self) -> None:
         """Write the transforms into the block."""
@@ -157,4 +157,4 @@ def _by_free(values: Tensor, pair: Pair) -> Tensor:
     """Return (size,): the largest of the channels that share a scale."""
     if pair.of_target is None:
         return values
-    return values.new_zeros(pair.size).scatter_reduce(0, pair.of_target, values, "amax")
+    return values.new_zeros(pair.size).scatter_reduce(0, pair.of_target, values, "amax", include_self=False)

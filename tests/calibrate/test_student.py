@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import VOCABULARY, save_tiny
 
-from quantkit.calibrate.engine import Engine
+from quantkit.calibrate.engine import Engine, dense
 from quantkit.core.scheme import QuantScheme
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.skeleton import Skeleton
@@ -23,25 +23,33 @@ def model(tmp_path_factory):
     return directory
 
 
+class Watched:
+    """A pass that notes, after another, the window's target and what student and teacher make of its first batch."""
+
+    def __init__(self, step):
+        self.step, self.blocks_at_once, self.seen = step, step.blocks_at_once, []
+
+    def apply(self, window):
+        self.step.apply(window)
+        weights = dense(window.sites)
+        outputs = [window.forward(0, weights, student=student).detach() for student in (True, False)]
+        self.seen.append((window.targets[0].clone(), *outputs))
+
+
 def walk(model, text, step):
-    """Return block reports, check logits and the first window's targets and outputs of both kinds."""
-    skeleton, scheme, seen = Skeleton(model), QuantScheme.parse(text), []
+    """Return block reports, check logits and each window's target and outputs of both kinds."""
+    skeleton, scheme, watched = Skeleton(model), QuantScheme.parse(text), Watched(step)
     names = [skeleton.module_name(index, name) for index in range(2) for name in skeleton.block_linears(index)]
     engine = Engine(
         skeleton=skeleton,
         checkpoint=Checkpoint(model),
-        passes=[step],
+        passes=[watched],
         schemes=dict.fromkeys(names, scheme),
         scale_dtype=torch.float16,
         device=CPU,
     )
-
-    def emit(window):
-        outputs = [window.forward(0, hidden=window.inputs[0], student=student).detach() for student in (True, False)]
-        seen.append((window.targets[0].clone(), *outputs))
-
-    reports, sample = engine.run(list(BATCHES), emit, Silent())
-    return reports, sample.logits, seen
+    reports, sample = engine.run(list(BATCHES), lambda block: None, Silent())
+    return reports, sample.logits, watched.seen
 
 
 def test_the_reference_and_the_check_sample_are_those_without_quantized_activations(model):
@@ -57,5 +65,5 @@ def test_the_reference_and_the_check_sample_are_those_without_quantized_activati
 
 @pytest.mark.parametrize("aug_loss", [False, True])
 def test_clipping_learns_through_quantized_activations(model, aug_loss):
-    reports, _, _ = walk(model, "w3a4", OmniQuant(epochs=12, aug_loss=aug_loss))
+    reports, _, _ = walk(model, "w3a4", OmniQuant(updates=24, lwc_lr=0.03, aug_loss=aug_loss))
     assert all(report.error < report.error_rtn for report in reports)

@@ -3,6 +3,9 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +16,10 @@ from quantkit.calibrate.passes import Phase
 from quantkit.core.affine import round_to_nearest
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
+from quantkit.evaluation.check import check
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.skeleton import Skeleton
+from quantkit.recipe import Calibration, Recipe
 from quantkit.resources import data_dir
 
 METHODS, FORMATS = methods.names("quantizers"), methods.names("exporters")
@@ -26,16 +31,52 @@ SCHEMES = [
 ]
 SHAPES = [(1, 11), (7, 22), (33, 44)]  # none of them fills whole words
 SAFETENSORS = {torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16"}
-FEW = {"calibration": "embedded", "samples": 2, "seqlen": 32, "group_size": 32, "wbits": 3, "device": "cpu"}
-SETTINGS = {"omniquant": {"epochs": 1}}  # what keeps the tests short, where the defaults do not
+SETTINGS = {"omniquant": {"updates": 3}, "distill": {"updates": 3}}  # what keeps the tests short
+TEXT = Calibration(text="embedded", samples=4, seqlen=16, batch_size=2)
+BLOCKS = 5  # of the embedded model
 
 
-@pytest.fixture(scope="module", params=METHODS)
+def recipes():
+    """Yield a list of methods for every method: alone if it rounds, and else with those that the presets round with."""
+    for name in METHODS:
+        if methods.find("quantizers", name).phase == Phase.ROUND:
+            yield [name]
+        else:
+            yield from (sorted([name, other], key=phase) for other in ("rtn", "omniquant"))
+
+
+def phase(name):
+    return methods.find("quantizers", name).phase
+
+
+def recipe(names, scheme="w3g32", **fields):
+    """Return a short recipe of these methods on the embedded model."""
+    passes = {name: SETTINGS.get(name, {}) for name in names}
+    return Recipe(model="tiny", scheme=QuantScheme.parse(scheme), passes=passes, calibration=TEXT, **fields)
+
+
+@dataclasses.dataclass
+class Run:
+    recipe: Recipe
+    output: Path
+    report: Mapping[str, Any]
+    updates: int
+
+
+@pytest.fixture(scope="module", params=recipes(), ids="+".join)
 def result(request, tmp_path_factory):
     """The embedded model, quantized by one method."""
-    output = tmp_path_factory.mktemp("methods") / request.param
-    options = SETTINGS.get(request.param)
-    return quantkit.quantize("tiny", output=output, method=request.param, options=options, **FEW)
+    return run(recipe(request.param), tmp_path_factory.mktemp("methods") / "out")
+
+
+def run(recipe, output):
+    """Quantize, and count the optimizers' steps."""
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        step = torch.optim.AdamW.step
+        patch.setattr(torch.optim.AdamW, "step", lambda *args, **kwargs: steps.append(1) or step(*args, **kwargs))
+        report = quantkit.quantize(recipe, output=output, device="cpu").report
+    return Run(recipe, output, report, len(steps))
 
 
 def quantized(scheme, shape, dtype=torch.bfloat16):
@@ -44,7 +85,7 @@ def quantized(scheme, shape, dtype=torch.bfloat16):
 
 
 def test_the_methods_of_the_papers_are_there():
-    assert {"omniquant", "rtn"} <= set(METHODS)
+    assert {"awq", "distill", "gptq", "omniquant", "rtn"} <= set(METHODS)
     assert "compressed-tensors" in FORMATS
 
 
@@ -116,6 +157,25 @@ def test_errors_are_those_of_a_model_that_still_works(result):
 def test_no_block_is_worse_than_rounding(result):
     for block in result.report["blocks"]:
         assert block["error"] <= block["error_rtn"] * (1 + 1e-6)
+
+
+def test_the_updates_made_are_those_predicted(result):
+    steps = result.recipe.build_passes().values()
+    windows = [BLOCKS - step.blocks_at_once + 1 if step.blocks_at_once else 1 for step in steps]
+    assert result.updates == sum(step.updates_per_window * count for step, count in zip(steps, windows, strict=True))
+
+
+def test_the_same_run_writes_the_same_bytes_and_draws_from_no_global_generator(result, tmp_path):
+    torch.manual_seed(99)
+    before = torch.random.get_rng_state()
+    again = run(result.recipe, tmp_path / "again")
+    assert again.report["sha256"] == result.report["sha256"]
+    assert again.report["blocks"] == result.report["blocks"]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_output_passes_the_check(result):
+    assert check(result.output, device="cpu").faults == ()
 
 
 @EVERY_FORMAT
