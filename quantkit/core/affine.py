@@ -58,7 +58,7 @@ class _RoundToGrid(torch.autograd.Function):
         weight, step, zero, offset = ctx.saved_tensors
         by_weight, _, by_zero, by_offset, _ = ctx.needs_input_grad
         ratio = weight / step
-        unclamped = (ratio if offset is None else ratio + offset).round_().add_(zero)
+        unclamped = (ratio if offset is None else ratio + offset).round().add_(zero)  # `ratio` is needed again
         codes = unclamped.clamp(ctx.scheme.smallest_code, ctx.scheme.largest_code)
         inside = codes == unclamped
         grad_weight = grad * inside if by_weight or by_offset else None

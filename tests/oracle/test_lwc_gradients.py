@@ -12,7 +12,7 @@ import torch
 
 from quantkit.core.affine import fake_quantize, group_bounds
 from quantkit.core.scheme import QuantScheme
-from quantkit.quantizers.omniquant import LearnableClip
+from quantkit.train.trainables import WeightQuantizer
 
 SCHEMES = [
     QuantScheme(bits=bits, group_size=size, symmetric=symmetric)
@@ -120,17 +120,17 @@ def test_a_small_change_of_gamma_moves_the_output_as_its_gradient_says():
 
 
 @EACH
-def test_learnable_clip_starts_at_the_papers_share_of_the_range(scheme):
+def test_clipping_starts_at_the_papers_share_of_the_range(scheme):
     weight = inputs(scheme)[0].detach().float()
-    clip = LearnableClip(weight, scheme)
+    quantizer = WeightQuantizer(weight, scheme, torch.bfloat16)
     low, high = group_bounds(weight, scheme)
     share = torch.tensor(4.0).sigmoid()
     assert share.item() == pytest.approx(0.982014, abs=1e-6)
-    assert torch.equal(torch.stack(clip.bounds()), torch.stack((low * share, high * share)))
+    assert torch.equal(torch.stack(quantizer.bounds()), torch.stack((low * share, high * share)))
 
 
 def test_gamma_clips_the_largest_weight_and_beta_the_smallest():
-    clip = LearnableClip(torch.tensor([[-1.0, 2.0]]), QuantScheme(bits=3))
-    torch.nn.init.constant_(clip.gamma, 0.0)
-    torch.nn.init.constant_(clip.beta, math.log(3))
-    assert [bound.item() for bound in clip.bounds()] == pytest.approx([-0.75, 1.0])
+    quantizer = WeightQuantizer(torch.tensor([[-1.0, 2.0]]), QuantScheme(bits=3), torch.bfloat16)
+    torch.nn.init.constant_(quantizer.gamma, 0.0)
+    torch.nn.init.constant_(quantizer.beta, math.log(3))
+    assert [bound.item() for bound in quantizer.bounds()] == pytest.approx([-0.75, 1.0])

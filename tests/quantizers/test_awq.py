@@ -7,7 +7,7 @@ import torch
 
 import quantkit
 from quantkit import api
-from quantkit.calibrate.engine import rounded_to_nearest
+from quantkit.calibrate.walk import rounded_to_nearest
 from quantkit.calibrate.passes import Window
 from quantkit.calibrate.record import record
 from quantkit.core.affine import round_to_nearest
