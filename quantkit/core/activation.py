@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quantkit.core.affine import LARGEST_STEP, SMALLEST_STEP
+from quantkit.core.extremes import equal, spread
 
 LARGEST_ZERO = 1e4  # the official code's clamp of -min / h before it is rounded
 
@@ -43,7 +44,7 @@ class _RoundTokens(torch.autograd.Function):
         ctx.save_for_backward(values)
         ctx.bits, ctx.symmetric = bits, symmetric
         exact = _at_least_float32(values)
-        low, high = exact.aminmax(dim=-1, keepdim=True)
+        low, high = exact.amin(dim=-1, keepdim=True), exact.amax(dim=-1, keepdim=True)
         step = _range(low, high, bits, symmetric=symmetric).clamp(SMALLEST_STEP, LARGEST_STEP)
         smallest, largest, zero = _grid(low, step, bits, symmetric=symmetric)
         codes = (exact / step).round_().add_(zero).clamp_(smallest, largest)
@@ -53,25 +54,25 @@ class _RoundTokens(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
         (values,) = ctx.saved_tensors
         exact, grad = _at_least_float32(values), _at_least_float32(grads[0])
-        low, high = exact.aminmax(dim=-1, keepdim=True)
+        low, high = exact.amin(dim=-1, keepdim=True), exact.amax(dim=-1, keepdim=True)
         unclamped_step = _range(low, high, ctx.bits, symmetric=ctx.symmetric)
         step = unclamped_step.clamp(SMALLEST_STEP, LARGEST_STEP)
         smallest, largest, zero = _grid(low, step, ctx.bits, symmetric=ctx.symmetric)
         ratio = exact / step
         unclamped = ratio.round().add_(zero)
         codes = unclamped.clamp(smallest, largest)
-        inside = codes == unclamped
+        inside = unclamped.eq_(codes)  # as numbers
         slope = codes.sub_(zero).sub_(ratio.mul_(inside))
         by_range = slope.mul_(grad).sum(dim=-1, keepdim=True)
         by_range *= step == unclamped_step
         result = grad * inside
         if ctx.symmetric:
             by_range /= (1 << (ctx.bits - 1)) - 1
-            _spread(result, exact.abs() == torch.maximum(-low, high), by_range, exact.sign())
+            spread(result, equal(exact.abs(), torch.maximum(-low, high)).mul_(exact.sign()), by_range)
         else:
             by_range /= (1 << ctx.bits) - 1
-            _spread(result, exact == high, by_range)
-            _spread(result, exact == low, -by_range)
+            spread(result, equal(exact, high), by_range)
+            spread(result, equal(exact, low), -by_range)
         return result.to(values.dtype), None, None
 
 
@@ -90,9 +91,3 @@ def _grid(low: Tensor, step: Tensor, bits: int, *, symmetric: bool) -> tuple[int
     if symmetric:
         return -half, half - 1, torch.zeros_like(step)
     return 0, 2 * half - 1, (-low / step).clamp_(-LARGEST_ZERO, LARGEST_ZERO).round_()
-
-
-def _spread(result: Tensor, where: Tensor, amount: Tensor, factor: Tensor | None = None) -> None:
-    """Add `amount`, (tokens, 1), to `result`, in equal shares to the places of each token that `where` marks."""
-    share = amount / where.sum(dim=-1, keepdim=True).clamp_(min=1)
-    result.addcmul_(where.to(share.dtype), share if factor is None else share * factor)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
+from quantkit.core.extremes import extremes
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import QuantScheme
 
@@ -60,10 +61,10 @@ class _RoundToGrid(torch.autograd.Function):
         ratio = weight / step
         unclamped = (ratio if offset is None else ratio + offset).round().add_(zero)  # `ratio` is needed again
         codes = unclamped.clamp(ctx.scheme.smallest_code, ctx.scheme.largest_code)
-        inside = codes == unclamped
+        inside = unclamped.eq_(codes)  # as numbers
         grad_weight = grad * inside if by_weight or by_offset else None
         grad_offset = grad_weight * step if by_offset and grad_weight is not None else None
-        grad_zero = -(grad * step).masked_fill_(inside, 0).sum(dim=-1, keepdim=True) if by_zero else None
+        grad_zero = (grad * step).mul_(inside - 1).sum(dim=-1, keepdim=True) if by_zero else None
         slope = codes.sub_(zero).sub_(ratio.mul_(inside))
         grad_step = slope.mul_(grad).sum(dim=-1, keepdim=True)
         return grad_weight if by_weight else None, grad_step, grad_zero, grad_offset, None
@@ -74,7 +75,7 @@ def group_bounds(
 ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
     """Return the smallest and largest weight of each group, widened to include zero."""
     grouped = weight.unflatten(1, (scheme.groups(weight.shape[1]), -1))
-    low, high = grouped.aminmax(dim=-1)
+    low, high = extremes(grouped)
     return low.clamp(max=0), high.clamp(min=0)
 
 

@@ -12,17 +12,25 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from quantkit.resources import data_dir
 
 
-def write(directory: Path, layers: int, width: int) -> None:
-    """Write it, in bfloat16 and in shards of at most 500 MB."""
+def write(  # noqa: PLR0913  a shape has that many numbers
+    directory: Path,
+    layers: int,
+    width: int,
+    *,
+    inner: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+) -> None:
+    """Write it, in bfloat16 and in shards of at most 500 MB; what is None follows from the width."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(data_dir("model_zoo") / "tiny")
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
-        intermediate_size=width * 11 // 4 // 128 * 128,
+        intermediate_size=inner or width * 11 // 4 // 128 * 128,
         num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 128,
+        num_attention_heads=heads or width // 64,
+        num_key_value_heads=kv_heads or heads or width // 128,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
