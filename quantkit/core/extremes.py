@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def extremes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the smallest and the largest value of each (..., width) → (...); values that share one share its gradient."""
+    """Return the smallest and the largest value of each (..., width) → (...); equal ones share the gradient."""
     return cast(tuple[Tensor, Tensor], _Extremes.apply(values))  # type: ignore[no-untyped-call]
 
 

@@ -4,12 +4,12 @@
     python scripts/bench/calibration.py --hidden 1024 --mlp 2816 --heads 16 --tokens 1024
     python scripts/bench/calibration.py --gpu-7b --device cuda
 
-One run, interleaved: a few dense steps, a few updates of each method, over and over; medians. The updates are those that
-`OmniQuant.apply` makes of a Llama block with random weights, optimizer included; the dense step has the gradients of all
-its parameters, as training needs them, and no optimizer.
+One run, interleaved: a few dense steps, a few updates of each method, over and over; medians. The updates are those
+that `OmniQuant.apply` makes of a Llama block with random weights, optimizer included; the dense step has the gradients
+of all its parameters, as training needs them, and no optimizer.
 
---gpu-7b calibrates one block of LLaMA-2-7B's shape on 128 x 2048 tokens, 20 times each, in batches of --batch sequences,
-and prints the time of 32 such blocks and the peak memory beside what OmniQuant's paper reports (arXiv 2308.13137,
+--gpu-7b calibrates one block of LLaMA-2-7B's shape on 128 x 2048 tokens, 20 times each, in batches of --batch
+sequences, and prints the time of 32 such blocks and the peak memory beside what OmniQuant's paper reports (arXiv 2308.13137,
 table A1). Without a GPU it says so and measures the small shape.
 """
 

@@ -80,7 +80,7 @@ def recipe(
 def measure(args: argparse.Namespace, name: str, wanted: Recipe | None) -> Figures | None:
     """Return perplexity, bits per weight and seconds of a recipe; of the model itself without one.
 
-    What is found in --work counts if everything that decides it is the same: the whole recipe, and the text that judges.
+    What --work holds counts if everything that decides it is the same: the whole recipe, and the text that judges.
     """
     judged = {"test": args.test, "seqlen": args.seqlen, "windows": args.windows, "model": args.model}
     key = {**judged, "recipe": wanted.to_toml() if wanted else None}
@@ -129,9 +129,7 @@ def _figures(args: argparse.Namespace, wanted: Recipe | None) -> Figures:
 
 
 def _perplexity(args: argparse.Namespace, model: str) -> float:
-    return api.evaluate(
-        model, text=args.test, seqlen=args.seqlen, windows=args.windows, device=args.device
-    ).perplexity
+    return api.evaluate(model, text=args.test, seqlen=args.seqlen, windows=args.windows, device=args.device).perplexity
 
 
 def perplexity(value: float | None) -> str:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from quantkit.resources import data_dir
 
 
-def write(  # noqa: PLR0913  a shape has that many numbers
+def write(
     directory: Path,
     layers: int,
     width: int,

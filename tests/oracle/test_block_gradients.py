@@ -40,10 +40,7 @@ def quantize_weight(weight, gamma, beta, scheme):
     high = gamma.sigmoid() * grouped.amax(-1).clamp(min=0)
     low = beta.sigmoid() * grouped.amin(-1).clamp(max=0)
     largest = 2**scheme.bits - 1
-    if scheme.symmetric:
-        h = torch.maximum(-low, high) / (2 ** (scheme.bits - 1) - 1)
-    else:
-        h = (high - low) / largest
+    h = torch.maximum(-low, high) / (2 ** (scheme.bits - 1) - 1) if scheme.symmetric else (high - low) / largest
     h = h + (h.to(STORED).double() - h).detach()
     z = torch.full_like(h, 2.0 ** (scheme.bits - 1)) if scheme.symmetric else (-low / h).round().clamp(0, largest)
     h, z = h[..., None], z[..., None].detach()

@@ -7,9 +7,9 @@ import torch
 
 import quantkit
 from quantkit import api
-from quantkit.calibrate.walk import rounded_to_nearest
 from quantkit.calibrate.passes import Window
 from quantkit.calibrate.record import record
+from quantkit.calibrate.walk import rounded_to_nearest
 from quantkit.core.affine import round_to_nearest
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError

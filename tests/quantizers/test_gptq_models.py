@@ -9,10 +9,10 @@ from families import FAMILIES, WITHOUT_FILE, save_tiny
 import quantkit
 from quantkit import api
 from quantkit.calibrate.engine import Engine
-from quantkit.calibrate.walk import rounded_to_nearest
 from quantkit.calibrate.passes import Window
 from quantkit.calibrate.record import record
 from quantkit.calibrate.statistics import Hessian, groups_in_order, input_statistics
+from quantkit.calibrate.walk import rounded_to_nearest
 from quantkit.core.affine import round_to_nearest
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError

@@ -1,5 +1,6 @@
 """The training loop: what its updates are, which values it ends with, and when it stops."""
 
+import itertools
 import math
 
 import pytest
@@ -87,7 +88,7 @@ def test_a_constant_gradient_draws_the_schedule(schedule, betas):
     """Under a constant gradient both optimizers move by the learning rate, so the path is the sum of the schedule."""
     updates, lr = 8, 0.25
     path = positions(lambda value: -value.sum(), updates=updates, lr=lr, schedule=schedule, betas=betas)
-    steps = [after - before for before, after in zip(path, path[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(path)]
     assert steps == pytest.approx([lr * SHARES[schedule](k / updates) for k in range(updates)], rel=1e-4)
 
 
