@@ -9,8 +9,8 @@ that `OmniQuant.apply` makes of a Llama block with random weights, optimizer inc
 of all its parameters, as training needs them, and no optimizer.
 
 --gpu-7b calibrates one block of LLaMA-2-7B's shape on 128 x 2048 tokens, 20 times each, in batches of --batch
-sequences, and prints the time of 32 such blocks and the peak memory beside what OmniQuant's paper reports (arXiv 2308.13137,
-table A1). Without a GPU it says so and measures the small shape.
+sequences, and prints the time of 32 such blocks and the peak memory beside what OmniQuant's paper reports (arXiv
+2308.13137, table A1). Without a GPU it says so and measures the small shape.
 """
 
 import argparse

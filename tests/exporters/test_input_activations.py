@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import quantkit
 from quantkit.core.scheme import QuantScheme
 from quantkit.evaluation.loading import load_model
-from quantkit.exporters.compressed_tensors import CompressedTensors, scheme_of, weights_only
+from quantkit.exporters.compressed_tensors import CompressedTensors, schemes_of, weights_only
 
 TOKENS = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(5))
 FEW = {"method": "rtn", "group_size": 32, "samples": 1, "seqlen": 16, "device": "cpu"}
@@ -56,13 +56,13 @@ def test_only_what_runtimes_know_is_asked_for(text, classes, bits, dequantize):
 def test_the_whole_scheme_is_kept_under_our_own_key(text):
     config = json.loads(json.dumps(config_of(text)))
     assert config["quantkit"] == {"scheme": str(QuantScheme.parse(text))}
-    assert scheme_of(config) == QuantScheme.parse(text)
+    assert schemes_of(config) == {"Linear": QuantScheme.parse(text)}
 
 
 def test_an_output_without_our_key_is_weights_alone():
     config = config_of("w4g128s")
     del config["quantkit"]
-    assert scheme_of(config) == QuantScheme.parse("w4g128s")
+    assert schemes_of(config) == {"Linear": QuantScheme.parse("w4g128s")}
 
 
 def test_weights_only_changes_nothing_else():
