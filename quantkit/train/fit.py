@@ -16,6 +16,9 @@ Schedule = Literal["constant", "linear", "cosine"]
 SCHEDULES = ("constant", "linear", "cosine")
 ADAM = (0.9, 0.999)
 SIGN = (0.0, 0.0)  # AdamW without memory moves every parameter by its learning rate: sign descent
+EPSILON = (
+    1e-14  # a block's mean squared error may be 1e-6 and its gradients below AdamW's own 1e-8, which would stop them
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,8 @@ def fit(  # noqa: PLR0913  everything beyond the first two is the loop's shape
         generator: shuffles the batches of each pass; None: they come in order.
     """
     optimizer = torch.optim.AdamW(
-        [{"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "betas": g.betas} for g in groups]
+        [{"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "betas": g.betas} for g in groups],
+        eps=EPSILON,
     )
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _share_of_lr(schedule, done / max(1, updates)))
     result, best = FitResult(), _Best(groups)

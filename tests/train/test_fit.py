@@ -98,6 +98,16 @@ def test_sign_descent_forgets_the_size_and_the_past_of_gradients():
     assert path == pytest.approx([0.0, -0.5, 0.0, -0.5, -1.0, -0.5], abs=1e-3)
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.999), SIGN], ids=["adam", "sign"])
+def test_the_size_of_the_loss_does_not_matter(betas):
+    """A block's mean squared error may be so small that AdamW's own epsilon would stop the gradients."""
+
+    def path(size):
+        return positions(lambda value: size * (value.sum() - 3).square(), updates=20, lr=0.05, betas=betas)
+
+    assert path(1e-9) == pytest.approx(path(1.0), rel=1e-3)
+
+
 def test_sign_descent_leaves_what_has_no_gradient():
     value = parameter(1.0, 1.0)
     run([value], lambda batch: value[0], lr=0.25, betas=SIGN)
