@@ -94,8 +94,13 @@ class OmniQuant:
         for name, known in (("schedule", SCHEDULES), ("init", ("nearest", "search", "gptq"))):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        self._refuse_what_does_not_go_together()
+
+    def _refuse_what_does_not_go_together(self) -> None:
         if self.rounding and self.weights:
             raise UsageError("rounding and weights both move the weights before they are rounded; choose one")
+        if self.updates and not (self.lwc or self.let or self.rounding or self.weights):
+            raise UsageError("nothing to learn without lwc, let, rounding and weights; leave one on, or use method rtn")
         if self.init == "gptq" and (self.let or not (self.rounding or self.weights)):
             raise UsageError("init gptq is a start for rounding or weights, without let; leave it out otherwise")
 
@@ -175,9 +180,12 @@ class OmniQuant:
                 parameters |= transform()
             for name, quantizer in quantizers.items():
                 parameters[name] = quantizer(parameters.get(name))
-            output = window.forward(batch, parameters, student=True).float()
-            targets = [window.targets[batch], *extra[batch : batch + 1]]
-            return torch.stack([(output - target.to(output)).square().mean() for target in targets]).sum()
+            hidden, errors = window.inputs[batch].to(window.device), []
+            for place, references in enumerate(window.references):
+                hidden = window.step(place, batch, hidden, parameters, student=True)
+                errors.append(_mean_squared(hidden, references[batch]))
+            errors += [_mean_squared(hidden, target) for target in extra[batch : batch + 1]]
+            return torch.stack(errors).sum()
 
         window.amp = self.amp and native_bfloat16(window.device)
         result = fit(
@@ -272,6 +280,11 @@ class OmniQuant:
         return [
             window.forward(batch, student=False).to(window.targets[batch].dtype) for batch in range(len(window.inputs))
         ]
+
+
+def _mean_squared(output: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared difference, in float32."""
+    return (output.float() - target.to(output.device, torch.float32)).square().mean()
 
 
 METHOD = OmniQuant
