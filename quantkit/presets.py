@@ -13,7 +13,7 @@ from quantkit.errors import UsageError, nearest
 DESCRIPTIONS = {
     "fast": "GPTQ: second moments of the inputs, no training",
     "balanced": "OmniQuant with learned rounding, then the scales distilled from end to end; the default",
-    "best": "the same for longer, over windows of two blocks",
+    "best": "the same for longer",
     "paper": "OmniQuant as its authors ran it",
 }
 NAMES = (*DESCRIPTIONS,)
@@ -56,10 +56,10 @@ def _learned(scheme: QuantScheme, *, long: bool) -> Preset:
         "lwc_lr": 0.03,
         "let": activations,
         "aug_loss": False,
-        "window": 2 if long else 1,
+        "window": 2 if long and activations else 1,
         "init": "search",
         "schedule": "linear",
         "amp": not activations,
     }
-    whole = {"updates": 128 if long else 24, "amp": not activations}
+    whole = {"updates": 160 if long else 24, "amp": not activations}
     return Preset(passes={"omniquant": block, "distill": whole}, batch_size=8)
