@@ -37,7 +37,6 @@ class Site:
         scale_dtype: dtype in which scales are stored.
         quantized: the result, None until a rounding pass ran.
         learned: what a pass keeps for the next window that holds the site, None at first.
-        latent: codes before rounding, (out, in) float32 in steps, where a pass learned the rounding.
     """
 
     name: str
@@ -48,7 +47,6 @@ class Site:
     scale_dtype: torch.dtype
     quantized: QuantizedTensor | None = None
     learned: Any = None
-    latent: Tensor | None = None
 
     @property
     def parameter(self) -> str:

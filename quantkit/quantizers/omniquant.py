@@ -96,6 +96,8 @@ class OmniQuant:
                 raise UsageError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if self.rounding and self.weights:
             raise UsageError("rounding and weights both move the weights before they are rounded; choose one")
+        if self.updates and not (self.lwc or self.let or self.rounding or self.weights):
+            raise UsageError("nothing is learned: lwc, let, rounding and weights are all off; use --method rtn instead")
         if self.init == "gptq" and (self.let or not (self.rounding or self.weights)):
             raise UsageError("init gptq is a start for rounding or weights, without let; leave it out otherwise")
 
@@ -179,9 +181,13 @@ class OmniQuant:
             targets = [window.targets[batch], *extra[batch : batch + 1]]
             return torch.stack([(output - target.to(output)).square().mean() for target in targets]).sum()
 
+        groups = self._groups([*quantizers.values()], transforms, math.sqrt(len(window.inputs[0])))
+        if not any(group.parameters for group in groups):
+            window.notes["learned"] = "nothing, because no equivalent transform has a place in these blocks"
+            return False
         window.amp = self.amp and native_bfloat16(window.device)
         result = fit(
-            self._groups([*quantizers.values()], transforms, math.sqrt(len(window.inputs[0]))),
+            groups,
             loss,
             batches=len(window.inputs),
             updates=self.updates,
@@ -191,7 +197,7 @@ class OmniQuant:
         )
         window.amp = False
         if result.diverged and result.losses:
-            window.notes["diverged"] = f"after {len(result.losses)} passes over the batches, the best of which is kept"
+            window.notes["diverged"] = f"in pass {len(result.losses) + 1} over the batches; the best before it is kept"
         return result.diverged and not result.losses
 
     def _quantizers(self, window: Window) -> dict[str, WeightQuantizer]:
@@ -202,6 +208,8 @@ class OmniQuant:
             for site in new:
                 found = searched_bounds(site.weight, site.scheme, scale_dtype=site.scale_dtype)
                 quantizers[site.parameter].clip_to(*found)
+        if self.updates and not (self.lwc or self.let or self.rounding or self.weights):
+            raise UsageError("nothing is learned: lwc, let, rounding and weights are all off; use --method rtn instead")
         if self.init == "gptq" and new:
             grids = {name: quantizer.bounds() for name, quantizer in quantizers.items()}
             rounded = GPTQ().solve(window, grids)

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=128)
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--updates", type=int, default=8)
     args = parser.parse_args()
     print(f"Width {args.width}, {args.samples} × {args.seqlen} tokens, W4 in groups of 32, MB of resident memory.\n")
     print("| layers | weights on disk | imports and empty model | peak RTN | predicted | peak LWC | predicted |")
@@ -59,7 +59,7 @@ def _row(work: Path, layers: int, args: argparse.Namespace) -> str:
             *(sys.executable, "-m", "quantkit", "quantize", str(model), "--json", "--device", "cpu"),
             *("--method", method, "--wbits", "4", "--group-size", "32", "--calibration", "embedded"),
             *("--samples", str(args.samples), "--seqlen", str(args.seqlen), "-o", str(work / method)),
-            *(("--epochs", str(args.epochs)) if method == "omniquant" else ()),
+            *(("--updates", str(args.updates)) if method == "omniquant" else ()),
         ]
         report = json.loads(_capture(command))
         cells += [report["measured"]["memory_bytes"], report["predicted"]["memory_bytes"]]
