@@ -1,0 +1,303 @@
+"""Distillation from end to end: its loss and gradients, what it gains, and what it leaves alone."""
+
+import copy
+import math
+
+import pytest
+import torch
+from families import VOCABULARY, save_tiny
+from torch.func import functional_call
+from torch.nn.functional import kl_div
+from transformers import AutoModelForCausalLM
+from windows import make_engine
+
+import quantkit
+from quantkit.core.scheme import QuantScheme
+from quantkit.errors import UsageError
+from quantkit.evaluation.check import check
+from quantkit.evaluation.divergence import divergence
+from quantkit.evaluation.loading import load_model
+from quantkit.model.checkpoint import Checkpoint
+from quantkit.pipeline import Silent
+from quantkit.quantizers import distill
+from quantkit.quantizers.distill import Distill
+from quantkit.quantizers.omniquant import OmniQuant
+from quantkit.quantizers.rtn import RoundToNearest
+from quantkit.recipe import Calibration, Recipe
+from quantkit.resources import data_dir
+from quantkit.train.fit import FitResult
+
+TINY = data_dir("model_zoo") / "tiny"
+SCHEME = QuantScheme(bits=3, group_size=16)
+BATCHES = torch.randint(3, VOCABULARY, (2, 2, 12), generator=torch.Generator().manual_seed(0)).unbind()
+FAMILIES = ["llama", "gemma2", "gpt2", "opt-350m"]  # plain; capped logits and offset norms; Conv1D; projected, tied
+UNSEEN = torch.randint(3, 1024, (4, 32), generator=torch.Generator().manual_seed(9))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Make the directory and the model of a family, once."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            directory = tmp_path_factory.mktemp(family)
+            made[family] = directory, save_tiny(family, directory)
+        return made[family]
+
+    return make
+
+
+def run(directory, step, scheme=SCHEME, batches=BATCHES, rounding=None):
+    """Return the sites, the blocks' changed parameters by full name and the notes of a walk that ends with `step`."""
+    engine = make_engine(directory, scheme, [rounding or RoundToNearest(), step], scale_dtype=torch.float16)
+    blocks, notes = [], {}
+    engine.run(list(batches), blocks.append, Silent(), notes)
+    sites = [site for block in blocks for site in block.sites]
+    changed = {f"{b.name}.{name}": b.module.get_parameter(name).detach() for b in blocks for name in sorted(b.changed)}
+    return sites, changed, notes
+
+
+def training(directory, monkeypatch, **options):
+    """Return sites, names of norms, and per batch the loss and its gradients; nothing is learned."""
+    seen, norms = [], []
+
+    def look(groups, loss, *, batches, **_):
+        parameters = [parameter for group in groups for parameter in group.parameters]
+        norms.append(len(groups[1].parameters) if len(groups) > 1 else 0)
+        for batch in range(batches):
+            value = loss(batch)
+            seen.append((value.item(), torch.autograd.grad(value, parameters)))
+        return FitResult()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "fit", look)
+        sites, changed, _ = run(directory, Distill(**options), batches=BATCHES)
+    assert norms == [len(changed)]
+    return sites, [*changed], seen
+
+
+def twin(model, sites, norms, tokens):
+    """Return KL(original || quantized) per token of the whole model and its gradients, by plain autograd in float64."""
+    model = copy.deepcopy(model).double()
+    steps = {}
+    for site in sites:
+        codes = site.quantized.codes.double().unflatten(1, (site.quantized.scale.shape[1], -1))
+        steps[site] = (codes - site.quantized.zero_point.double()[..., None], site.quantized.scale.double())
+    factors = [torch.zeros_like(scale, requires_grad=True) for _, scale in steps.values()]
+    own = dict(model.named_parameters())
+    shares = [torch.zeros_like(own[name], requires_grad=True) for name in norms]
+    replaced = {
+        site.parameter: (part * (scale * (1 + factor))[..., None]).flatten(1)
+        for (site, (part, scale)), factor in zip(steps.items(), factors, strict=True)
+    }
+    replaced |= {name: own[name].detach() * (1 + share) for name, share in zip(norms, shares, strict=True)}
+    with torch.no_grad():
+        original = model(input_ids=tokens, use_cache=False).logits.log_softmax(-1)
+    guess = functional_call(model, replaced, kwargs={"input_ids": tokens, "use_cache": False}).logits.log_softmax(-1)
+    loss = kl_div(guess, original, reduction="none", log_target=True).sum(-1).mean()
+    return loss.item(), torch.autograd.grad(loss, [*factors, *shares])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_the_whole_model(saved, monkeypatch, family):
+    directory, model = saved(family)
+    sites, norms, seen = training(directory, monkeypatch)
+    assert norms
+    for tokens, (found, gradients) in zip(BATCHES, seen, strict=True):
+        loss, expected = twin(model, sites, norms, tokens)
+        assert found == pytest.approx(loss, rel=1e-4)
+        for one, other in zip(gradients, expected, strict=True):
+            size = other.abs().max().item()
+            assert size > 1e-7
+            torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-3 * size)
+
+
+def test_blocks_that_are_computed_again_give_the_same_gradients(saved, monkeypatch):
+    directory, _ = saved("llama")
+    _, _, again = training(directory, monkeypatch)
+    calls = []
+
+    def at_once(function, *args, use_reentrant):
+        calls.append(use_reentrant)
+        return function(*args)
+
+    monkeypatch.setattr(distill, "checkpoint", at_once)
+    _, _, kept = training(directory, monkeypatch)
+    assert len(calls) == 2 * len(BATCHES)  # every block of every batch
+    for (loss, gradients), (other, expected) in zip(again, kept, strict=True):
+        assert loss == other
+        assert all(torch.equal(one, two) for one, two in zip(gradients, expected, strict=True))
+
+
+def test_the_divergence_of_two_known_distributions_is_the_closed_form():
+    """With a head that is the identity, logits are the hidden states."""
+    hidden, target = torch.randn(2, 2, 3, 5, generator=torch.Generator().manual_seed(4))
+    window = distill.Window(
+        blocks=[],
+        inputs=[hidden],
+        references=[[target]],
+        arguments=[[]],
+        device=torch.device("cpu"),
+        head=lambda batch, row, values: values,
+    )
+    leaf = hidden.clone().requires_grad_()
+    loss = distill.divergence(window, 0, leaf)
+    p, q = target.double().softmax(-1), hidden.double().softmax(-1)
+    assert loss.item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(3 * loss, leaf)
+    torch.testing.assert_close(gradient.double(), 3 * (q - p) / 6, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["w2g16", "w3g16s", "w4a8g16"])
+def test_the_divergence_falls(saved, text):
+    _, _, notes = run(saved("llama")[0], Distill(updates=16, lr=0.01, norms_lr=0.01), QuantScheme.parse(text))
+    assert notes["divergence_after"] < 0.95 * notes["divergence_before"]
+    assert len(notes["divergence"]) == 16 // len(BATCHES)
+
+
+@pytest.fixture(scope="module", params=["rtn", "omniquant"])
+def outputs(request, tmp_path_factory):
+    """The embedded model at 2 bits, by one method alone and with distillation after it."""
+    directory, made = tmp_path_factory.mktemp("distilled"), {}
+    settings = {"omniquant": {"updates": 12, "aug_loss": False, "lwc_lr": 0.05, "rounding": True, "rounding_lr": 0.05}}
+    text = Calibration(text="embedded", samples=16, seqlen=32, batch_size=4)
+    scheme = QuantScheme(bits=2, group_size=32)
+    for name, whole in (("alone", {}), ("distilled", {"distill": {"updates": 24, "lr": 0.01, "norms_lr": 0.01}})):
+        passes = {request.param: settings.get(request.param, {}), **whole}
+        recipe = Recipe(model="tiny", scheme=scheme, passes=passes, calibration=text)
+        made[name] = quantkit.quantize(recipe, output=directory / name, device="cpu")
+    return made
+
+
+def test_the_model_is_closer_to_the_original_on_text_that_it_has_not_seen(outputs):
+    original, _ = load_model(TINY, device="cpu")
+    text = original.generate(
+        UNSEEN[:, :1], do_sample=False, min_new_tokens=31, max_new_tokens=31, pad_token_id=2, eos_token_id=None
+    )
+    alone, distilled = (
+        divergence(load_model(outputs[name].output, device="cpu")[0], original, text) for name in ("alone", "distilled")
+    )
+    assert distilled.kl < 0.9 * alone.kl
+    assert distilled.perplexity < alone.perplexity
+
+
+def test_only_scales_and_norms_change(outputs):
+    alone, distilled = (Checkpoint(outputs[name].output) for name in ("alone", "distilled"))
+    assert set(alone) == set(distilled)
+    changed = set()
+    for name in alone:
+        before, after = alone.load([name])[name], distilled.load([name])[name]
+        assert (before.dtype, before.shape) == (after.dtype, after.shape)
+        if not torch.equal(before, after):
+            changed.add(name.removesuffix(".weight").split(".")[-1])
+    assert changed == {"weight_scale", "input_layernorm", "post_attention_layernorm"}
+
+
+def test_it_passes_the_check_and_loads_in_transformers(outputs):
+    output = outputs["distilled"].output
+    assert check(output, device="cpu").faults == ()
+    loaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    ours, _ = load_model(output, device="cpu")
+    with torch.no_grad():
+        found, expected = (model(input_ids=UNSEEN, use_cache=False).logits for model in (loaded, ours))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_the_report_has_the_divergence_before_and_after(outputs):
+    notes = outputs["distilled"].report["notes"]
+    assert notes["divergence_after"] < notes["divergence_before"]
+    assert all(math.isfinite(value) for value in notes["divergence"])
+
+
+def decisions(sites):
+    return [part for s in sites for part in (s.quantized.codes, s.quantized.scale, s.quantized.zero_point)]
+
+
+def same(first, second):
+    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_without_a_learning_rate_norms_stay(saved):
+    directory, _ = saved("llama")
+    plain, _, _ = run(directory, Distill(updates=0))
+    sites, changed, notes = run(directory, Distill(updates=4, lr=0.01, norms_lr=0))
+    assert changed == {}
+    assert not same([site.quantized.scale for site in sites], [site.quantized.scale for site in plain])
+    assert same([site.quantized.codes for site in sites], [site.quantized.codes for site in plain])
+    assert notes["divergence_after"] < notes["divergence_before"]
+
+
+def test_without_updates_everything_stays(saved):
+    class Nothing:
+        blocks_at_once = 0
+
+        def apply(self, window):
+            pass
+
+    directory, _ = saved("llama")
+    plain, _, _ = run(directory, Nothing())
+    sites, changed, notes = run(directory, Distill(updates=0))
+    assert (changed, notes) == ({}, {})
+    assert same(decisions(sites), decisions(plain))
+
+
+def test_two_runs_learn_the_same_and_the_order_of_batches_is_the_seeds(saved, monkeypatch):
+    directory, _ = saved("llama")
+    first, second = (run(directory, Distill(updates=4, lr=0.01)) for _ in range(2))
+    assert same(decisions(first[0]), decisions(second[0]))
+    assert same(first[1].values(), second[1].values())
+    assert first[2] == second[2]
+
+
+def test_a_loss_that_is_not_a_number_leaves_scales_and_norms(saved, monkeypatch):
+    directory, _ = saved("llama")
+    plain, _, _ = run(directory, Distill(updates=0))
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "divergence", lambda window, batch, hidden: hidden.sum() * math.nan)
+        sites, changed, _ = run(directory, Distill(updates=4, lr=0.01))
+    assert same(decisions(sites), decisions(plain))
+    original = Checkpoint(directory)
+    assert changed
+    assert same(changed.values(), [original.load([name])[name] for name in changed])
+
+
+def test_norms_and_biases_that_a_transform_changed_are_learned_from_there(saved):
+    """What another pass folded into the blocks stays folded: distillation starts there and ends nearby."""
+    directory, _ = saved("llama")
+    folding = OmniQuant(updates=2, let=True)
+    _, folded, _ = run(directory, Distill(updates=0), rounding=folding)
+    _, changed, _ = run(directory, Distill(updates=4, lr=1e-3, norms_lr=1e-3), rounding=folding)
+    original = Checkpoint(directory)
+    assert changed.keys() == folded.keys()
+    for name, value in changed.items():
+        before = original.load([name])[name]
+        assert 0 < (value - folded[name]).norm() < 0.1 * (folded[name] - before).norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"updates": -1}, "updates must not be negative, not -1"),
+        ({"lr": 0.0}, "lr must be positive and norms_lr at least 0, not 0.0 and 0.001"),
+        ({"lr": math.nan}, "lr must be positive and norms_lr at least 0, not nan and 0.001"),
+        ({"norms_lr": -0.1}, "lr must be positive and norms_lr at least 0, not 0.001 and -0.1"),
+    ],
+    ids=str,
+)
+def test_a_hyper_parameter_out_of_range_is_named(options, problem):
+    with pytest.raises(UsageError) as caught:
+        Distill(**options)
+    assert str(caught.value).startswith(problem)
+
+
+def test_it_needs_a_method_that_rounds(tmp_path):
+    recipe = Recipe(model="tiny", passes={"distill": {}})
+    with pytest.raises(UsageError, match="^nothing rounds: distill only improves what another method rounded; "):
+        quantkit.quantize(recipe, output=tmp_path / "out", device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_comes_after_rounding(tmp_path):
+    with pytest.raises(UsageError, match=r"out of order: distill \(compensate\) → rtn \(round\)"):
+        quantkit.quantize(Recipe(model="tiny", passes={"distill": {}, "rtn": {}}), output=tmp_path / "o", device="cpu")
