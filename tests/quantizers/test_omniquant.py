@@ -196,7 +196,10 @@ def clipped(weight):
 @pytest.mark.parametrize("augmented", [False, True], ids=["plain", "aug_loss"])
 @torch.no_grad()
 def test_the_loss_is_the_papers_formula(monkeypatch, augmented, blocks):
-    """Mean over batch, tokens and channels of the squared distance to F(W, X), and to F(W, X') with `aug_loss`."""
+    """Mean over batch, tokens and channels of the squared distance to F(W, X), and to F(W, X') with `aug_loss`.
+
+    In a window of several blocks the first distance is taken behind each of them.
+    """
     window = make_window(TINY, SCHEME, BATCHES, blocks=blocks, noise=0.05)
     students = [copy.deepcopy(block.module).double() for block in window.blocks]
     teachers = copy.deepcopy(students)
@@ -204,19 +207,21 @@ def test_the_loss_is_the_papers_formula(monkeypatch, augmented, blocks):
         for site in block.sites:
             student.get_submodule(site.local_name).weight.copy_(clipped(site.weight))
 
-    def output(modules, batch):
-        hidden = window.inputs[batch].double()
+    def outputs(modules, batch):
+        hidden, made = window.inputs[batch].double(), []
         for place, module in enumerate(modules):
             kwargs = dict(window.arguments[batch][place].kwargs)
             kwargs["position_embeddings"] = tuple(part.double() for part in kwargs["position_embeddings"])
             hidden = module(hidden, **kwargs)
-        return hidden
+            made.append(hidden)
+        return made
 
     _, found, _ = training(OmniQuant(aug_loss=augmented, window=blocks), window, monkeypatch)
     for batch, value in enumerate(found):
-        distances = [window.targets[batch] - output(students, batch)]
+        made = outputs(students, batch)
+        distances = [own[batch] - after for own, after in zip(window.references, made, strict=True)]
         if augmented:
-            distances.append(output(teachers, batch) - output(students, batch))
+            distances.append(outputs(teachers, batch)[-1] - made[-1])
         assert value == pytest.approx(sum(d.square().mean().item() for d in distances), rel=1e-5)
 
 
@@ -303,7 +308,7 @@ def test_a_hyper_parameter_out_of_range_is_named(name, value):
         ({"rounding": True, "weights": True}, "rounding and weights both move the weights .*; choose one"),
         ({"init": "gptq"}, "init gptq is a start for rounding or weights, without let; leave it out otherwise"),
         ({"init": "gptq", "rounding": True, "let": True}, "init gptq is a start for .*, without let; .*"),
-        ({"lwc": False}, "nothing is learned: lwc, let, rounding and weights are all off; use --method rtn instead"),
+        ({"lwc": False}, "nothing to learn without lwc, let, rounding and weights; leave one on, or use method rtn"),
     ],
     ids=str,
 )
