@@ -13,7 +13,7 @@ from quantkit.errors import UsageError, nearest
 DESCRIPTIONS = {
     "fast": "GPTQ: second moments of the inputs, no training",
     "balanced": "OmniQuant with learned rounding, then the scales distilled from end to end; the default",
-    "best": "the same for longer, over windows of two blocks",
+    "best": "the same for longer",
     "paper": "OmniQuant as its authors ran it",
 }
 NAMES = (*DESCRIPTIONS,)
@@ -48,16 +48,18 @@ def find(name: str, scheme: QuantScheme) -> Preset:
 def _learned(scheme: QuantScheme, *, long: bool) -> Preset:
     """Return rounding, clipping and scales learned in turn, measured on small models (docs/benchmarks.md)."""
     activations = scheme.activation_bits != UNQUANTIZED
+    updates = 200 if long else 100
     block = {
-        "updates": 400 if long else 200,
+        "updates": updates,
         "rounding": True,
-        "rounding_lr": 0.0025 if long else 0.005,
-        "lwc_lr": 0.1,
+        "rounding_lr": 1 / updates,  # falling linearly, it takes a weight half a step: to the neighbour at most
+        "lwc_lr": 0.03,
         "let": activations,
         "aug_loss": False,
-        "window": 2 if long else 1,
+        "window": 2 if long and activations else 1,
+        "init": "search",
         "schedule": "linear",
         "amp": not activations,
     }
-    whole = {"updates": 160 if long else 64, "lr": 3e-3, "norms_lr": 3e-3, "amp": not activations}
+    whole = {"updates": 160 if long else 24, "amp": not activations}
     return Preset(passes={"omniquant": block, "distill": whole}, batch_size=8)

@@ -59,7 +59,8 @@ class Distill:
     @classmethod
     def for_scheme(cls, scheme: QuantScheme) -> "Distill":
         """Return the setting for `scheme`: the fewer bits, the farther the scales have to go."""
-        return cls(lr=3e-3, norms_lr=3e-3) if scheme.bits == 2 else cls()
+        lr = {2: 3e-3, 3: 1e-3}.get(scheme.bits, 3e-4)
+        return cls(lr=lr, norms_lr=lr)
 
     @property
     def blocks_at_once(self) -> int:

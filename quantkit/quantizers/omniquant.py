@@ -5,8 +5,8 @@ Each group's bounds shrink by a learned share of its smallest and largest weight
     low = sigmoid(beta) * min(w)        high = sigmoid(gamma) * max(w)
 
 scales move between norms, values, queries and keys and the linears that read them (LET, section 3.3), and both
-minimise || F(W, X) - F(Q(W), Q(X')) ||^2 over the output of a window of blocks, where X is the reference stream and X'
-the actual one. With `aug_loss` the term || F(W, X') - F(Q(W), Q(X')) ||^2 is added.
+minimise || F(W, X) - F(Q(W), Q(X')) ||^2 over the output of a block, in a window of several that of each, where X is
+the reference stream and X' the actual one. With `aug_loss` the term || F(W, X') - F(Q(W), Q(X')) ||^2 is added.
 
 Past the paper, in the same loop: windows of several blocks that slide by one (CBQ, arXiv 2312.07950), learned rounding
 (AdaRound, arXiv 2004.10568; SignRound, arXiv 2309.05516), learned weights (EfficientQAT, arXiv 2407.11062), and a start
@@ -94,10 +94,13 @@ class OmniQuant:
         for name, known in (("schedule", SCHEDULES), ("init", ("nearest", "search", "gptq"))):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        self._refuse_what_does_not_go_together()
+
+    def _refuse_what_does_not_go_together(self) -> None:
         if self.rounding and self.weights:
             raise UsageError("rounding and weights both move the weights before they are rounded; choose one")
         if self.updates and not (self.lwc or self.let or self.rounding or self.weights):
-            raise UsageError("nothing is learned: lwc, let, rounding and weights are all off; use --method rtn instead")
+            raise UsageError("nothing to learn without lwc, let, rounding and weights; leave one on, or use method rtn")
         if self.init == "gptq" and (self.let or not (self.rounding or self.weights)):
             raise UsageError("init gptq is a start for rounding or weights, without let; leave it out otherwise")
 
@@ -177,9 +180,12 @@ class OmniQuant:
                 parameters |= transform()
             for name, quantizer in quantizers.items():
                 parameters[name] = quantizer(parameters.get(name))
-            output = window.forward(batch, parameters, student=True).float()
-            targets = [window.targets[batch], *extra[batch : batch + 1]]
-            return torch.stack([(output - target.to(output)).square().mean() for target in targets]).sum()
+            hidden, errors = window.inputs[batch].to(window.device), []
+            for place, references in enumerate(window.references):
+                hidden = window.step(place, batch, hidden, parameters, student=True)
+                errors.append(_mean_squared(hidden, references[batch]))
+            errors += [_mean_squared(hidden, target) for target in extra[batch : batch + 1]]
+            return torch.stack(errors).sum()
 
         groups = self._groups([*quantizers.values()], transforms, math.sqrt(len(window.inputs[0])))
         if not any(group.parameters for group in groups):
@@ -280,6 +286,11 @@ class OmniQuant:
         return [
             window.forward(batch, student=False).to(window.targets[batch].dtype) for batch in range(len(window.inputs))
         ]
+
+
+def _mean_squared(output: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared difference, in float32."""
+    return (output.float() - target.to(output.device, torch.float32)).square().mean()
 
 
 METHOD = OmniQuant
