@@ -5,8 +5,8 @@ Each group's bounds shrink by a learned share of its smallest and largest weight
     low = sigmoid(beta) * min(w)        high = sigmoid(gamma) * max(w)
 
 scales move between norms, values, queries and keys and the linears that read them (LET, section 3.3), and both
-minimise || F(W, X) - F(Q(W), Q(X')) ||^2 over the output of a window of blocks, where X is the reference stream and X'
-the actual one. With `aug_loss` the term || F(W, X') - F(Q(W), Q(X')) ||^2 is added.
+minimise || F(W, X) - F(Q(W), Q(X')) ||^2 over the output of a block, in a window of several that of each, where X is
+the reference stream and X' the actual one. With `aug_loss` the term || F(W, X') - F(Q(W), Q(X')) ||^2 is added.
 
 Past the paper, in the same loop: windows of several blocks that slide by one (CBQ, arXiv 2312.07950), learned rounding
 (AdaRound, arXiv 2004.10568; SignRound, arXiv 2309.05516), learned weights (EfficientQAT, arXiv 2407.11062), and a start
@@ -187,9 +187,13 @@ class OmniQuant:
             errors += [_mean_squared(hidden, target) for target in extra[batch : batch + 1]]
             return torch.stack(errors).sum()
 
+        groups = self._groups([*quantizers.values()], transforms, math.sqrt(len(window.inputs[0])))
+        if not any(group.parameters for group in groups):
+            window.notes["learned"] = "nothing, because no equivalent transform has a place in these blocks"
+            return False
         window.amp = self.amp and native_bfloat16(window.device)
         result = fit(
-            self._groups([*quantizers.values()], transforms, math.sqrt(len(window.inputs[0]))),
+            groups,
             loss,
             batches=len(window.inputs),
             updates=self.updates,
@@ -199,7 +203,7 @@ class OmniQuant:
         )
         window.amp = False
         if result.diverged and result.losses:
-            window.notes["diverged"] = f"after {len(result.losses)} passes over the batches, the best of which is kept"
+            window.notes["diverged"] = f"in pass {len(result.losses) + 1} over the batches; the best before it is kept"
         return result.diverged and not result.losses
 
     def _quantizers(self, window: Window) -> dict[str, WeightQuantizer]:
@@ -210,6 +214,8 @@ class OmniQuant:
             for site in new:
                 found = searched_bounds(site.weight, site.scheme, scale_dtype=site.scale_dtype)
                 quantizers[site.parameter].clip_to(*found)
+        if self.updates and not (self.lwc or self.let or self.rounding or self.weights):
+            raise UsageError("nothing is learned: lwc, let, rounding and weights are all off; use --method rtn instead")
         if self.init == "gptq" and new:
             grids = {name: quantizer.bounds() for name, quantizer in quantizers.items()}
             rounded = GPTQ().solve(window, grids)

@@ -54,6 +54,7 @@ def _run(args: argparse.Namespace, output: Path, bits: int, method: str) -> tupl
         samples=args.samples,
         seqlen=args.seqlen,
         seed=args.seed,
+        options={"updates": args.updates} if args.updates is not None and method == "omniquant" else {},
         device="cpu",
     )
     seconds = time.monotonic() - start
@@ -80,6 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--windows", type=int, default=80)
+    parser.add_argument("--updates", type=int, help="for each block; default: the paper's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--referee")
