@@ -214,8 +214,6 @@ class OmniQuant:
             for site in new:
                 found = searched_bounds(site.weight, site.scheme, scale_dtype=site.scale_dtype)
                 quantizers[site.parameter].clip_to(*found)
-        if self.updates and not (self.lwc or self.let or self.rounding or self.weights):
-            raise UsageError("nothing is learned: lwc, let, rounding and weights are all off; use --method rtn instead")
         if self.init == "gptq" and new:
             grids = {name: quantizer.bounds() for name, quantizer in quantizers.items()}
             rounded = GPTQ().solve(window, grids)

@@ -56,7 +56,7 @@ def run(directory, step, scheme=SCHEME, batches=BATCHES, rounding=None):
     blocks, notes = [], {}
     engine.run(list(batches), blocks.append, Silent(), notes)
     sites = [site for block in blocks for site in block.sites]
-    changed = {f"{b.name}.{name}": b.module.get_parameter(name).detach() for b in blocks for name in sorted(b.changed)}
+    changed = {f"{b.name}.{n}": p.detach() for b in blocks for n, p in b.module.named_parameters() if n in b.changed}
     return sites, changed, notes
 
 
@@ -302,7 +302,7 @@ def test_a_hyper_parameter_out_of_range_is_named(options, problem):
 
 def test_it_needs_a_method_that_rounds(tmp_path):
     recipe = Recipe(model="tiny", passes={"distill": {}})
-    with pytest.raises(UsageError, match="^nothing rounds: distill only improves what another method rounded; "):
+    with pytest.raises(UsageError, match=r"^nothing rounds: distill only improves what another method rounded; "):
         quantkit.quantize(recipe, output=tmp_path / "out", device="cpu")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,6 +1,7 @@
 """What OmniQuant does here past its paper: sliding windows, learned rounding and weights, other starts, bfloat16."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_windows_slide_by_one_block_and_go_on_with_what_was_learned():
     _, _, seen = walk(TINY, OmniQuant(window=2, updates=1), BATCHES)
     assert [blocks for blocks, *_ in seen] == [[0, 1], [1, 2], [2, 3], [3, 4]]
     assert [fresh for _, fresh, *_ in seen] == [2, 1, 1, 1]
-    for (*_, kept), (*_, held, _) in zip(seen, seen[1:], strict=False):
+    for (*_, kept), (*_, held, _) in itertools.pairwise(seen):
         assert all(old is new for old, new in zip(kept[1], held[0], strict=True))
         assert held[1] == [None] * len(held[1])
 
@@ -136,7 +137,8 @@ def test_learned_rounding_takes_one_of_the_two_neighbouring_levels(window):
         distance = (found.codes.int() - nearest.codes.int()).abs()
         assert distance.max() <= 1
         moved += int(distance.sum())
-        steps = site.weight.unflatten(1, (-1, 32)) / found.scale.float()[..., None] + found.zero_point.float()[..., None]
+        scale, zero = found.scale.float()[..., None], found.zero_point.float()[..., None]
+        steps = site.weight.unflatten(1, (-1, 32)) / scale + zero
         inside = (steps > SCHEME.smallest_code) & (steps < SCHEME.largest_code)
         apart = (found.codes.float() - steps.flatten(1)).abs()[inside.flatten(1)]
         assert apart.max() <= 1 + 1e-5
