@@ -13,11 +13,12 @@ from quantkit.errors import UsageError, nearest
 DESCRIPTIONS = {
     "fast": "GPTQ: second moments of the inputs, no training",
     "balanced": "OmniQuant with learned rounding, then the scales distilled from end to end; the default",
-    "best": "the same for longer",
+    "best": "the same, distilled for longer; windows of two blocks where activations are quantized",
     "paper": "OmniQuant as its authors ran it",
 }
 NAMES = (*DESCRIPTIONS,)
 DEFAULT = "balanced"
+UPDATES = 100
 
 Passes = Mapping[str, Mapping[str, Any]]
 
@@ -46,13 +47,16 @@ def find(name: str, scheme: QuantScheme) -> Preset:
 
 
 def _learned(scheme: QuantScheme, *, long: bool) -> Preset:
-    """Return rounding, clipping and scales learned in turn, measured on small models (docs/benchmarks.md)."""
+    """Return rounding, clipping and scales learned in turn, measured on small models (docs/benchmarks.md).
+
+    More updates of a block, or windows where only weights are quantized, lower its error and not the perplexity; more
+    updates of the whole model lower both.
+    """
     activations = scheme.activation_bits != UNQUANTIZED
-    updates = 200 if long else 100
     block = {
-        "updates": updates,
+        "updates": UPDATES,
         "rounding": True,
-        "rounding_lr": 1 / updates,  # falling linearly, it takes a weight half a step: to the neighbour at most
+        "rounding_lr": 1 / UPDATES,  # falling linearly, it takes a weight half a step: to the neighbour at most
         "lwc_lr": 0.03,
         "let": activations,
         "aug_loss": False,
@@ -61,5 +65,5 @@ def _learned(scheme: QuantScheme, *, long: bool) -> Preset:
         "schedule": "linear",
         "amp": not activations,
     }
-    whole = {"updates": 160 if long else 24, "amp": not activations}
+    whole = {"updates": 128 if long else 24, "amp": not activations}
     return Preset(passes={"omniquant": block, "distill": whole}, batch_size=8)
