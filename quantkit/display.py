@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from quantkit.calibrate.walk import BlockReport
@@ -94,6 +95,14 @@ def plan_facts(plan: "Plan", recipe: "Recipe") -> dict[str, Any]:
     }
 
 
+class _Left(TimeRemainingColumn):
+    """The time that is left, where it is known."""
+
+    def render(self, task: Task) -> Text:
+        """Return it, or nothing."""
+        return Text("") if task.time_remaining is None else Text("left ", end="") + super().render(task)
+
+
 class QuantizeProgress:
     """Follows a quantization on a terminal: the plan, a bar over the blocks with ETA, each block's error."""
 
@@ -106,8 +115,7 @@ class QuantizeProgress:
             BarColumn(),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            _Left(),
             console=_err,
             disable=self.quiet,
             transient=True,
