@@ -287,7 +287,7 @@ def _presets_table(plan: "Plan") -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("presets", "memory", *(("GPU memory",) if plan.device_bytes else ()), "time", ""):
         table.add_column(column, justify="left" if column in ("presets", "") else "right")
-    rows = [(cost.name, cost, "this run" if cost.chosen else "", cost.fits) for cost in plan.presets]
+    rows: list[Any] = [(cost.name, cost, "this run" if cost.chosen else "", cost.fits) for cost in plan.presets]
     if not any(cost.chosen for cost in plan.presets):
         rows.append(("this run", plan, "this run", not plan.refusal))
     for name, cost, mark, fits in rows:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from quantkit import display
 from quantkit.cli import app
+from quantkit.recipe import Recipe
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "quantize.svg"
 WIDTH = 92
@@ -27,12 +28,12 @@ COMMANDS = (
 class Still(display.QuantizeProgress):
     """Shows what stays on the screen, without the bar."""
 
-    def __init__(self, recipe, *, quiet):  # noqa: ARG002  there is no terminal to ask
+    def __init__(self, recipe: Recipe, *, quiet: bool) -> None:  # noqa: ARG002  there is no terminal to ask
         super().__init__(recipe, quiet=True)
         self.quiet = False
 
 
-def main():
+def main() -> None:
     """Run the commands where nothing is in their way, and draw what they print."""
     screen = Console(record=True, width=WIDTH, force_terminal=True, highlight=False, soft_wrap=True, file=sys.stderr)
     display._out = display._err = screen
