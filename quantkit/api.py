@@ -131,8 +131,10 @@ def evaluate(  # noqa: PLR0913
     Raises:
         QuantkitError: see `quantkit.errors`.
     """
-    if seqlen < 2 or (windows is not None and windows < 1):
-        raise UsageError(f"seqlen must be at least 2 and windows at least 1, not {seqlen} and {windows}")
+    if seqlen < 2:
+        raise UsageError(f"seqlen must be at least 2, not {seqlen}")
+    if windows is not None and windows < 1:
+        raise UsageError(f"windows must be at least 1, not {windows}")
     corpora = read_text(str(text))  # before the model: a missing file should not cost a load
     loaded, tokenizer = load_model(model, revision=revision, device=device)
     context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)

@@ -6,18 +6,18 @@ Exit codes: 0 success, 1 a bug in quantkit, 2 usage, 3 model, 4 text, 5 network,
 
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from quantkit import display
-from quantkit.errors import CheckFailure, QuantkitError, UsageError
+from quantkit.errors import CheckFailure, UsageError, nearest
+from quantkit.failures import OneLine, errors
 
 app = typer.Typer(
     name="quantkit",
+    cls=OneLine,
     help="Make a trained language model small, without retraining.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -147,7 +147,7 @@ def quantize(
 
     quantkit quantize tiny --wbits 3 --group-size 32 --calibration embedded --seqlen 128 -o tiny-w3
     """
-    with _errors(as_json):
+    with errors(as_json):
         from quantkit.pipeline import execute, prepare  # torch takes seconds to import: not for --help
 
         scheme = {
@@ -209,7 +209,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Reload OUTPUT and verify every tensor, the quantized share, and the logits that were calibrated."""
-    with _errors(as_json):
+    with errors(as_json):
         from quantkit.evaluation.check import check as run
 
         with display.status("checking", quiet=as_json) as say:
@@ -248,7 +248,7 @@ def evaluate(
     One stream of text, windows that do not overlap, the last partial one dropped, loss in float32. A text file is
     one stream as it is; in a .jsonl every document starts with the tokenizer's BOS where it has one.
     """
-    with _errors(as_json):
+    with errors(as_json):
         from quantkit import api
 
         with display.status("evaluating", quiet=as_json) as say:
@@ -277,7 +277,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with a model, quantized or not."""
-    with _errors(as_json):
+    with errors(as_json):
         from quantkit import api
 
         with display.status("loading", quiet=as_json):
@@ -299,11 +299,11 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List what there is: methods, presets, models (aliases), calibrations (texts) or formats."""
-    with _errors(as_json):
+    with errors(as_json):
         from quantkit import catalogue
 
         if what not in catalogue.KINDS:
-            raise UsageError(f"cannot list {what!r}; one of {', '.join(catalogue.KINDS)}")
+            raise UsageError(f"cannot list {what!r}{nearest(what, catalogue.KINDS)}")
         display.listed(what, catalogue.rows(what), as_json=as_json)
 
 
@@ -357,26 +357,6 @@ def _group_size(text: str) -> int | None:
     if not text.isdecimal() or int(text) == 0:
         raise UsageError(f"--group-size must be a positive number or `channel`, not {text!r}")
     return int(text)
-
-
-@contextmanager
-def _errors(as_json: bool) -> Iterator[None]:
-    """Show an error of the user's as one line, or one JSON object, and exit with its code."""
-    display.quiet_libraries()
-    try:
-        yield
-    except QuantkitError as error:
-        display.failed(str(error), error.exit_code, as_json=as_json)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        display.failed("interrupted; nothing was written", 130, as_json=as_json)
-        raise typer.Exit(130) from None
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
-            raise
-        hint = "lower --samples, --seqlen or --batch-size (quantkit quantize --dry-run predicts the peak)"
-        display.failed(f"out of memory; {hint}", 1, as_json=as_json)
-        raise typer.Exit(1) from None
 
 
 def main() -> None:

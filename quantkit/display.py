@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from quantkit.calibrate.walk import BlockReport
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 # of the digits that show how many bits a linear got: the fewer, the warmer
 _COLORS = ("dim", "red", "red", "yellow", "green", "cyan", "blue", "blue", "magenta")
+
+# what may happen to a block, by the name of the note, and what the block or model then has
+_TROUBLE = {"fallback": "rounded to nearest", "diverged": "training diverged, its best pass was kept"}
 
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -48,7 +52,7 @@ def failed(message: str, code: int, *, as_json: bool) -> None:
     if as_json:
         _print_json({"error": message, "exit_code": code})
     else:
-        _err.print(f"[bold red]error:[/] {escape(message)}")
+        _say(_err, f"[bold red]error:[/] {escape(message)}")
 
 
 def plan(plan: "Plan", recipe: "Recipe", *, as_json: bool) -> None:
@@ -59,7 +63,9 @@ def plan(plan: "Plan", recipe: "Recipe", *, as_json: bool) -> None:
     _out.print(_plan_table(plan, recipe), "")
     _out.print(_sites_table(plan), "")
     _out.print(_presets_table(plan), "")
-    _print_notes(_out, plan)
+    _print_notes(_out, plan.notes)
+    if plan.refusal:
+        _say(_out, f"[bold red]would be refused:[/] {escape(plan.refusal)}")
 
 
 def plan_facts(plan: "Plan", recipe: "Recipe") -> dict[str, Any]:
@@ -84,8 +90,17 @@ def plan_facts(plan: "Plan", recipe: "Recipe") -> dict[str, Any]:
         "device_bytes": plan.device_bytes,
         "seconds": plan.seconds,
         "presets": [asdict(cost) for cost in plan.presets],
+        "refusal": plan.refusal,
         "notes": list(plan.notes),
     }
+
+
+class _Left(TimeRemainingColumn):
+    """The time that is left, where it is known."""
+
+    def render(self, task: Task) -> Text:
+        """Return it, or nothing."""
+        return Text("") if task.time_remaining is None else Text("left ", end="") + super().render(task)
 
 
 class QuantizeProgress:
@@ -100,8 +115,7 @@ class QuantizeProgress:
             BarColumn(),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            _Left(),
             console=_err,
             disable=self.quiet,
             transient=True,
@@ -121,7 +135,7 @@ class QuantizeProgress:
         """Show the plan in short."""
         if not self.quiet:
             self.bar.console.print(_plan_table(plan, self.recipe))
-            _print_notes(self.bar.console, plan)
+            _print_notes(self.bar.console, plan.notes)
 
     def stage(self, name: str) -> None:
         """Name what is being done."""
@@ -142,9 +156,9 @@ class QuantizeProgress:
         if self.quiet:
             return
         change = report.error / report.error_rtn - 1 if report.error_rtn else 0.0
-        note = f"  [yellow]{report.notes['fallback']}[/]" if "fallback" in report.notes else ""
+        notes = "".join(f"  [yellow]{name}: {report.notes[name]}[/]" for name in _TROUBLE if name in report.notes)
         learned = f" → {report.error:.3e} ({change:+.0%})" if report.error != report.error_rtn else ""
-        self.bar.console.print(f"  block {report.index:>3}   error {report.error_rtn:.3e}{learned}{note}")
+        self.bar.console.print(f"  block {report.index:>3}   error {report.error_rtn:.3e}{learned}{notes}")
 
 
 @contextmanager
@@ -174,18 +188,22 @@ def quantized(output: Path, report: Mapping[str, Any], *, as_json: bool) -> None
     table.add_row("size", f"{_bytes(measured['output_bytes'])} of weights")
     learned = f" → {after:.3e} kept ({after / before - 1:+.0%})" if before and after != before else ""
     table.add_row("block error", f"{before:.3e} rounding to nearest{learned}")
-    fallbacks = [block["index"] for block in blocks if "fallback" in block["notes"]]
-    if fallbacks:
-        table.add_row("fallback", f"[yellow]rounded to nearest in blocks {', '.join(map(str, fallbacks))}[/]")
+    for name, meaning in _TROUBLE.items():
+        if affected := [str(block["index"]) for block in blocks if name in block["notes"]]:
+            table.add_row(name, f"[yellow]{meaning} in block{'s' * (len(affected) > 1)} {', '.join(affected)}[/]")
     whole = report["whole"]
     if "divergence_after" in whole:
         before, after = whole["divergence_before"], whole["divergence_after"]
         change = f" ({after / before - 1:+.0%})" if before else ""
         table.add_row("divergence", f"{before:.3e} → {after:.3e} nats per token by distilling{change}")
+    for name in _TROUBLE:
+        if name in whole:
+            table.add_row("distilling", f"[yellow]{name}: {whole[name]}[/]")
     table.add_row("took", f"{_duration(measured['seconds'])}, peak memory {_bytes(measured['memory_bytes'])}")
     _out.print(table)
     if "allocation" in report:
         _out.print(_bits_picture(report["allocation"]["groups"]))
+    _print_notes(_out, report["notes"])
     _out.print(f"next: quantkit check {output}", markup=False)
 
 
@@ -265,21 +283,29 @@ def _plan_table(plan: "Plan", recipe: "Recipe") -> Table:
 
 
 def _presets_table(plan: "Plan") -> Table:
-    """What the presets would take, the one of the run marked."""
+    """What the presets would take, the one of the run marked; a run that is no preset is a row of its own."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = ("presets", "memory", *(("GPU memory",) if plan.device_bytes else ()), "time", "")
-    for column in columns:
+    for column in ("presets", "memory", *(("GPU memory",) if plan.device_bytes else ()), "time", ""):
         table.add_column(column, justify="left" if column in ("presets", "") else "right")
-    for cost in plan.presets:
+    rows: list[Any] = [(cost.name, cost, "this run" if cost.chosen else "", cost.fits) for cost in plan.presets]
+    if not any(cost.chosen for cost in plan.presets):
+        rows.append(("this run", plan, "this run", not plan.refusal))
+    for name, cost, mark, fits in rows:
         device = (_bytes(cost.device_bytes),) if plan.device_bytes else ()
-        cells = (cost.name, _bytes(cost.memory_bytes), *device, _duration(cost.seconds))
-        table.add_row(*cells, "this run" if cost.chosen else "", style="bold" if cost.chosen else None)
+        remarks = ", ".join(filter(None, (mark if mark != name else "", "" if fits else "[red]does not fit[/]")))
+        cells = (name, _bytes(cost.memory_bytes), *device, _duration(cost.seconds), remarks)
+        table.add_row(*cells, style="bold" if mark else None)
     return table
 
 
-def _print_notes(console: Console, plan: "Plan") -> None:
-    for note in plan.notes:
-        console.print(f"[yellow]note:[/] {escape(note)}")
+def _print_notes(console: Console, notes: Sequence[str]) -> None:
+    for note in notes:
+        _say(console, f"[yellow]note:[/] {escape(note)}")
+
+
+def _say(console: Console, text: str) -> None:
+    """Print a sentence: one line for a program, broken between words on a terminal."""
+    console.print(text, soft_wrap=not console.is_terminal)
 
 
 def _sites_table(plan: "Plan") -> Table:
@@ -363,7 +389,10 @@ def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+    if minutes < 120:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    return f"{minutes // 60} h {minutes % 60:02} min" if hours < 48 else f"{round(hours / 24):,} days"
 
 
 def _print_json(value: object) -> None:

@@ -60,6 +60,6 @@ class CheckFailure(QuantkitError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ' (did you mean a, b?)' with the known names nearest to `name`, or all of them if none is near."""
-    names = sorted(known)
+    names = sorted(set(known))
     close = get_close_matches(name, names, n=3, cutoff=0.5)
     return f" (did you mean {', '.join(close)}?)" if close else f" (known: {', '.join(names)})"

@@ -33,7 +33,7 @@ from quantkit.model.names import Source
 from quantkit.model.rotation import Rotation
 from quantkit.model.skeleton import Skeleton
 from quantkit.model.writer import Writer, refuse_existing, refuse_full_disk
-from quantkit.planning import Plan, make_plan, too_large
+from quantkit.planning import Plan, make_plan
 from quantkit.recipe import Recipe
 from quantkit.workload import writing_batch
 
@@ -146,8 +146,8 @@ def _refuse_what_cannot_work(prepared: Prepared, output: Path, *, overwrite: boo
     refuse_existing(output, overwrite=overwrite)
     _refuse_source(output, prepared.source.path)
     refuse_full_disk(output, prepared.plan.output_bytes)
-    if refusal := too_large(prepared.plan):
-        raise UsageError(refusal)
+    if prepared.plan.refusal:
+        raise UsageError(prepared.plan.refusal)
 
 
 def _spend(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, progress: Progress) -> Prepared:

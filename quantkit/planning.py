@@ -1,6 +1,6 @@
 """What a run will do, before it does anything: sites, sizes, memory, disk, time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -16,7 +16,7 @@ from quantkit.model.activations import attentions
 from quantkit.model.checkpoint import BYTES
 from quantkit.model.equivalence import find_pairs
 from quantkit.model.skeleton import LINEARS, Skeleton
-from quantkit.recipe import Recipe, with_changes
+from quantkit.recipe import SAMPLES_TO_CHECK, Calibration, Recipe, with_changes
 from quantkit.workload import Workload, count, shape, workload
 
 LEARNED = ("fast", "balanced", "best")  # the presets among which a user chooses, from the cheapest
@@ -31,6 +31,7 @@ class PresetCost:
         memory_bytes: peak of resident host memory.
         device_bytes: peak of GPU memory.
         seconds: duration.
+        fits: whether so much memory is free.
         chosen: whether it is what the run does.
     """
 
@@ -38,6 +39,7 @@ class PresetCost:
     memory_bytes: int
     device_bytes: int
     seconds: float
+    fits: bool
     chosen: bool
 
 
@@ -69,6 +71,7 @@ class Plan:
         budget: what `--target-bpw` asks for, None without it.
         allocation: how the budget was spent, None before that.
         presets: what the presets would take.
+        refusal: why the run will be refused, None if it will not.
         notes: what the user should know, one sentence each.
     """
 
@@ -93,6 +96,7 @@ class Plan:
     budget: Budget | None = None
     allocation: Allocation | None = None
     presets: tuple[PresetCost, ...] = ()
+    refusal: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -134,6 +138,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
     _refuse_too_large_to_write(work)
     parameters = count(skeleton.model.parameters()) + (_tied_head(skeleton) if recipe.rotate else 0)
     quantized = sum(rows * columns for rows, columns in shapes.values())
+    presets = _preset_costs(skeleton, recipe, work, budget, speed)
     classes = tuple(sorted({type(linears[name]).__name__ for name in schemes}))
     return Plan(
         model_type=skeleton.config.model_type,
@@ -159,7 +164,8 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
         device_bytes=costs.device_memory(work),
         seconds=costs.duration(work, speed),
         budget=budget,
-        presets=_preset_costs(skeleton, recipe, work, budget, speed),
+        presets=presets,
+        refusal=_too_large(work, presets),
         notes=(
             *_family_notes(skeleton, schemes, budget),
             *_attention_notes(skeleton, schemes),
@@ -291,10 +297,15 @@ def _workload(skeleton: Skeleton, recipe: Recipe, budget: Budget | None, device:
 def _preset_costs(
     skeleton: Skeleton, recipe: Recipe, chosen: Workload, budget: Budget | None, speed: costs.Speed
 ) -> tuple[PresetCost, ...]:
-    """Return what the presets would take in the place of the recipe's passes."""
+    """Return what the presets would take in the place of the recipe's passes.
+
+    In the place of a method that learns nothing, and was given just text to check, they get as much as they learn from.
+    """
     found, passes = [], recipe.build_passes()
+    learns = any(step.learns for step in passes.values())
+    few = not learns and recipe.calibration.samples == SAMPLES_TO_CHECK
     for name in LEARNED:
-        other = with_changes(recipe, {}, preset=name)
+        other = with_changes(recipe, {"samples": Calibration().samples} if few else {}, preset=name)
         same = other.build_passes() == passes
         work = chosen if same else _workload(skeleton, other, budget, chosen.device)
         found.append(
@@ -303,31 +314,35 @@ def _preset_costs(
                 memory_bytes=costs.host_memory(work),
                 device_bytes=costs.device_memory(work),
                 seconds=costs.duration(work, speed),
+                fits=_fits(work),
                 chosen=same,
             )
         )
     return tuple(found)
 
 
-def too_large(plan: Plan) -> str | None:
+def _fits(work: Workload) -> bool:
+    return all(needed <= free for _, needed, free in _needs(work))
+
+
+def _needs(work: Workload) -> Iterator[tuple[str, int, int]]:
+    """Yield where memory is needed, how much more than this process has, and how much is free there."""
+    yield "memory", costs.host_memory(work) - costs.resident_memory(), costs.free_memory(torch.device("cpu"))
+    if work.on_gpu:
+        yield f"memory on {work.device}", costs.device_memory(work), costs.free_memory(work.device)
+
+
+def _too_large(work: Workload, presets: Sequence[PresetCost]) -> str | None:
     """Say that a run needs more memory than is free, and which preset would not; None if it fits."""
-    free, on_device = costs.free_memory(torch.device("cpu")), costs.free_memory(plan.device)
-    has = costs.resident_memory()
-
-    def fits(cost: Plan | PresetCost) -> bool:
-        return cost.memory_bytes - has <= free and cost.device_bytes <= on_device
-
-    if fits(plan):
-        return None
-    on_host = plan.memory_bytes - has > free
-    needed, there = (plan.memory_bytes - has, free) if on_host else (plan.device_bytes, on_device)
-    smaller = next((cost.name for cost in reversed(plan.presets) if not cost.chosen and fits(cost)), None)
+    smaller = next((cost.name for cost in reversed(presets) if not cost.chosen and cost.fits), None)
     way = f"--preset {smaller} fits, or lower" if smaller else "lower"
-    where = "memory" if on_host else f"memory on {plan.device}"
-    return (
-        f"the run needs about {needed / 1e9:.2f} GB of {where} where {there / 1e9:.2f} GB are free; "
-        f"{way} --samples, --seqlen or --batch-size"
-    )
+    for where, needed, free in _needs(work):
+        if needed > free:
+            return (
+                f"the run needs about {needed / 1e9:.2f} GB of {where} where {free / 1e9:.2f} GB are free; "
+                f"{way} --samples, --seqlen or --batch-size"
+            )
+    return None
 
 
 def _refuse_too_large_to_write(work: Workload) -> None:

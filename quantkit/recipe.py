@@ -104,7 +104,7 @@ class Recipe:
         Raises:
             UsageError: no such method.
         """
-        learns = methods.find("quantizers", method).learns
+        learns = _method(method).learns
         calibration = Calibration() if learns else Calibration(text="embedded", samples=SAMPLES_TO_CHECK)
         return cls(model=model, passes={method: {}}, calibration=calibration)
 
@@ -164,7 +164,9 @@ class Recipe:
             if "model" not in table:
                 raise UsageError(f"the recipe {path} names no model; give one on the command line")
             recipe: Self = _build_dataclass(cls, {**table, "passes": steps} if steps else table)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except OSError as error:
+            raise UsageError(f"cannot read the recipe {path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is no recipe: {error}") from error
         if not steps:
             recipe = _with_preset(recipe, presets.DEFAULT, keep_batch="batch_size" in text)
@@ -185,10 +187,10 @@ def from_defaults(
     Raises:
         UsageError: as `with_changes`.
     """
-    base = Recipe.for_method(model, method) if method else Recipe(model=model)
-    return with_changes(
-        base, changes, method=method, preset=preset if method else preset or presets.DEFAULT, options=options
-    )
+    if method is None:
+        preset = presets.DEFAULT if preset is None else preset
+        return with_changes(Recipe(model=model), changes, preset=preset, options=options)
+    return with_changes(Recipe.for_method(model, method), changes, method=method, preset=preset, options=options)
 
 
 def with_changes(
@@ -213,7 +215,7 @@ def with_changes(
     Raises:
         UsageError: an unknown name, a value that is out of range, or a method and a preset.
     """
-    if method and preset:
+    if method is not None and preset is not None:
         raise UsageError(f"--method {method} and --preset {preset} both say how to quantize; give one")
     own, scheme, calibration = ([f.name for f in fields(kind)] for kind in (Recipe, QuantScheme, Calibration))
     _refuse_unknown(changes, [*own, *scheme, *calibration], "a recipe")
@@ -226,9 +228,9 @@ def with_changes(
         calibration=replace(recipe.calibration, **{key: value for key, value in changes.items() if key in calibration}),
         **{key: value for key, value in changes.items() if key in own},
     )
-    if method:
+    if method is not None:
         changed = replace(changed, passes={method: {}})
-    elif preset:
+    elif preset is not None:
         changed = _with_preset(changed, preset, keep_batch="batch_size" in changes)
     changed = replace(changed, passes=_with_options(changed.passes, options or {}))
     changed.build_passes()
@@ -236,6 +238,8 @@ def with_changes(
 
 
 def _with_preset(recipe: R, name: str, *, keep_batch: bool) -> R:
+    if name in methods.names("quantizers"):
+        raise UsageError(f"{name!r} is no preset but a method; use --method {name}")
     preset = presets.find(name, recipe.nominal_scheme)
     batch = recipe.calibration.batch_size if keep_batch else min(preset.batch_size, recipe.calibration.samples)
     return replace(recipe, passes=preset.passes, calibration=replace(recipe.calibration, batch_size=batch))
@@ -246,7 +250,7 @@ def _with_options(
 ) -> Mapping[str, Mapping[str, Any]]:
     """Return the passes with each option in the pass that it names, or in the first that has one of its name."""
     changed: dict[str, dict[str, Any]] = {name: dict(own) for name, own in passes.items()}
-    known = {name: [f.name for f in fields(methods.find("quantizers", name))] for name in passes}
+    known = {name: [f.name for f in fields(_method(name))] for name in passes}
     for option, value in options.items():
         wanted, _, own = option.rpartition(".")
         if wanted:
@@ -254,9 +258,18 @@ def _with_options(
             _refuse_unknown([own], known[wanted], f"the method {wanted}")
         owner = wanted or next((name for name, names in known.items() if own in names), None)
         if owner is None:
-            _refuse_unknown([own], [*chain.from_iterable(known.values())], f"the method {' + '.join(passes)}")
+            where = f"the method {' + '.join(passes)}"
+            _refuse_what_others_have(own, where)
+            _refuse_unknown([own], [*chain.from_iterable(known.values())], where)
         changed[owner or ""][own] = value
     return changed
+
+
+def _refuse_what_others_have(option: str, where: str) -> None:
+    """Raise UsageError for a hyper-parameter that methods have which the recipe does not use."""
+    of = [name for name in methods.names("quantizers") if option in [f.name for f in fields(_method(name))]]
+    if of:
+        raise UsageError(f"{where} has no {option!r}, which is one of {' and '.join(of)}; leave it out, or use those")
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -315,8 +328,15 @@ def _wrong_rounding(rounding: Sequence[str], passes: Iterable[str]) -> str:
     )
 
 
+def _method(name: str) -> Any:  # noqa: ANN401  the class of a pass
+    """Return a method by its name; who took the name of a preset for one is told so."""
+    if name in presets.NAMES:
+        raise UsageError(f"{name!r} is no method but a preset; use --preset {name}")
+    return methods.find("quantizers", name)
+
+
 def _build(name: str, options: Mapping[str, Any], scheme: QuantScheme) -> Pass:
-    method = methods.find("quantizers", name)
+    method = _method(name)
     _refuse_misfits(method, options, f"the method {name}")
     step: Pass = replace(method.for_scheme(scheme), **options)
     return step

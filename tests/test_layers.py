@@ -22,6 +22,7 @@ LEVELS = [
     {"planning"},
     {"pipeline"},
     {"api", "catalogue", "display"},
+    {"failures"},
     {"cli"},
     {"__init__", "__main__"},
 ]

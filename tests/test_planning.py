@@ -84,7 +84,7 @@ def test_second_moments_count_by_the_widest_input(monkeypatch, tmp_path, family,
     for method, expected in (("rtn", (0, 0)), ("gptq", (widest, 6))):
         seen.clear()
         memory.append(quantkit.plan(tmp_path, **FEW | {"method": method}, wbits=3, group_size=32).memory_bytes)
-        assert (seen[0].hessian, seen[0].forwards) == expected
+        assert (seen[-1].hessian, seen[-1].forwards) == expected  # those before are the presets'
     assert memory[0] <= memory[1]
 
 
@@ -230,6 +230,8 @@ def test_the_presets_are_priced_and_the_chosen_one_is_marked():
     assert [cost.name for cost in plan.presets] == ["fast", "balanced", "best"]
     assert [cost.chosen for cost in plan.presets] == [False, False, True]
     assert plan.presets[2].seconds == plan.seconds
+    assert all(cost.fits for cost in plan.presets)
+    assert plan.refusal is None
     assert [cost.seconds for cost in plan.presets] == sorted(cost.seconds for cost in plan.presets)
     changed = quantkit.plan("tiny", **LEARN, preset="best", options={"updates": 7})
     assert not any(cost.chosen for cost in changed.presets)
@@ -250,7 +252,19 @@ def test_a_run_that_cannot_fit_names_the_nearest_preset_that_can(tmp_path, monke
         f"{way}lower --samples, --seqlen or --batch-size"
     )
     assert list(tmp_path.iterdir()) == []
-    assert quantkit.plan("tiny", **LEARN, preset="best").memory_bytes == 3 * 10**9  # a plan may be looked at
+    plan = quantkit.plan("tiny", **LEARN, preset="best")  # it may be looked at
+    assert (plan.memory_bytes, plan.refusal) == (3 * 10**9, str(caught.value))
+    assert [cost.fits for cost in plan.presets] == [n + 1 <= free for n in range(3)]
+
+
+def test_beside_a_method_that_learns_nothing_the_presets_are_priced_with_the_text_they_learn_from(monkeypatch):
+    monkeypatch.setattr(costs, "machine_speed", lambda device: costs.Speed(rate=1e10, sweep=1e-9, call=1e-6))
+    alone, beside, few = (
+        quantkit.plan("tiny", group_size=32, device="cpu", **how)
+        for how in ({"preset": "best"}, {"method": "rtn"}, {"method": "rtn", "samples": 16})
+    )
+    assert [cost.seconds for cost in beside.presets] == [cost.seconds for cost in alone.presets]
+    assert few.presets[2].seconds < beside.presets[2].seconds
 
 
 def test_a_plan_says_which_equivalent_transforms_are_skipped(tmp_path):
@@ -266,6 +280,8 @@ def test_a_plan_says_which_equivalent_transforms_are_skipped(tmp_path):
     partly = quantkit.plan(tmp_path / "falcon", **few, options={"let": True}).notes
     assert partly
     assert all(note.startswith("equivalent transforms skip ") for note in partly)
+    assert quantkit.plan(tmp_path / "falcon", **few | {"method": "awq"}).notes == partly
+    assert quantkit.plan(tmp_path / "falcon", **few | {"method": "awq"}, options={"trials": 0}).notes == ()
 
 
 def test_a_plan_says_when_a_window_is_larger_than_the_model():

@@ -138,7 +138,8 @@ class Pass(Protocol):
 
     For predictions a pass may also have `forwards_per_window`, forward passes over all batches that it makes for each
     window without an update, `roundings_per_window`, how often it rounds all weights to try something, and
-    `second_order`, true if it holds the Hessian of a linear.
+    `second_order`, true if it holds the Hessian of a linear. A pass with a true `let` moves scales between modules, and
+    the plan says where the model does not allow that.
     """
 
     phase: ClassVar[Phase]

@@ -61,7 +61,7 @@ class CompressedTensors:
         bits = scheme.activation_bits
         if bits in ACTIVATION_BITS:
             if not _runs_activations(scheme, classes):
-                remedy = "; symmetric weights make it" if set(classes) == {"Linear"} else ""
+                remedy = "; with --symmetric both will" if set(classes) == {"Linear"} else ""
                 yield f"transformers will not quantize activations of this output, vLLM will{remedy}"
             if not scheme.activation_symmetric:
                 yield (

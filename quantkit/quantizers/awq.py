@@ -163,6 +163,11 @@ class AWQ:
         return 0
 
     @property
+    def let(self) -> bool:
+        """Whether scales move between modules, which is not possible everywhere in every family."""
+        return self.trials > 0
+
+    @property
     def forwards_per_window(self) -> int:
         """For the moments before and after scaling, as much for the products x x^T, and one for the error."""
         return 2 * (1 + (self.trials > 0)) + 1

@@ -31,6 +31,8 @@ MEASURED = 4  # batches on which the divergence is measured before and after
 class Distill:
     """Distillation of scales and norms over the whole model; learning rates grow with the square root of the batch.
 
+    What is learned is kept unless it is farther from the original than what was there.
+
     Attributes:
         updates: updates, over one batch each; 0 leaves everything as it is.
         lr: learning rate of the scales, as a share of each.
@@ -95,7 +97,7 @@ class Distill:
         groups = [ParameterGroup(parameters=[scale.factor for scale in scales.values()], lr=self.lr * root)]
         if norms:
             groups.append(ParameterGroup(parameters=[n.factor for n in norms.values()], lr=self.norms_lr * root))
-        window.notes["divergence_before"] = measured_divergence(window, run)
+        before = window.notes["divergence_before"] = measured_divergence(window, run)
         window.amp = self.amp and native_bfloat16(window.device)
         result = fit(
             groups,
@@ -108,7 +110,15 @@ class Distill:
         )
         window.amp = False
         window.notes["divergence"] = result.losses
-        window.notes["divergence_after"] = measured_divergence(window, run)
+        if result.diverged:
+            window.notes["diverged"] = _where(len(result.losses))
+        learned = window.notes["divergence_after"] = measured_divergence(window, run)
+        if not learned <= before:
+            window.notes["fallback"] = (
+                f"scales and norms stay, because their divergence {before:.3g} is below {learned:.3g}"
+            )
+            window.notes["divergence_after"] = before
+            return
         for site in window.sites:
             site.quantized = scales[site.parameter].finished()
         for norm in norms.values():
@@ -120,6 +130,12 @@ class Distill:
         for name, parameter in block.module.named_parameters() if self.norms_lr else ():
             if parameter.ndim == 1 and name.endswith("weight") and id(parameter) not in quantized:
                 yield f"{block.name}.{name}", name
+
+
+def _where(passes: int) -> str:
+    if not passes:
+        return "in the first pass over the batches, so nothing was learned"
+    return f"after {passes} passes over the batches, the best of which is kept"
 
 
 class _Scale(nn.Module):

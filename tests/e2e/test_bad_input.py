@@ -92,6 +92,9 @@ def shards(model: Path, **changes: torch.Tensor) -> None:
         pytest.param(2, ["tiny", "--preset", "fastest", "-o", "x"], ["did you mean fast"], id="preset"),
         pytest.param(2, ["tiny", *RTN, "--preset", "best"], ["--method rtn", "--preset best", "one"], id="both"),
         pytest.param(2, ["tiny", "--method", "distill", "-o", "x"], ["nothing rounds", "balanced"], id="no rounding"),
+        pytest.param(2, ["tiny", "--updates", "ten", "-o", "x"], ["--updates", "integer", "--help"], id="no number"),
+        pytest.param(2, ["tiny", "--presett", "best"], ["--presett", "--preset", "--help"], id="flag"),
+        pytest.param(2, ["tiny", "--set", "updats=2"], ["(did you mean updates?)"], id="setting's name, twice there"),
         pytest.param(2, ["tiny", "--set", "alpha", "-o", "x"], ["NAME=VALUE", "'alpha'"], id="setting"),
         pytest.param(2, ["tiny", "--set", "alpha=two", "-o", "x"], ["alpha", "a number", "'two'"], id="value"),
         pytest.param(2, ["tiny", "--set", "alfa=1", "-o", "x"], ["did you mean alpha"], id="setting's name"),
@@ -251,7 +254,9 @@ def test_disk_that_fills_up_keeps_the_old_output(refused, monkeypatch, tmp_path)
         pytest.param(2, ["evaluate", "tiny", "--text", "embedded-test", "--windows", "0"], ["windows"], id="windows"),
         pytest.param(3, ["check", "."], ["report.json"], id="check no output"),
         pytest.param(3, ["generate", "./nowhere", "--prompt", "x"], ["nowhere"], id="generate"),
-        pytest.param(2, ["list", "mehtods"], ["methods, models"], id="list"),
+        pytest.param(2, ["quantise", "tiny"], ["quantise", "quantize"], id="command"),
+        pytest.param(2, ["check"], ["output", "quantkit check --help"], id="argument"),
+        pytest.param(2, ["list", "mehtods"], ["did you mean methods?"], id="list"),
     ],
 )
 def test_other_commands(refused, monkeypatch, tmp_path, code, arguments, words):

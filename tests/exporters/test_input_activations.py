@@ -93,8 +93,8 @@ def test_whatever_is_not_carried_is_told_one_line_each(text, words):
 
 
 def test_a_remedy_is_offered_only_where_it_helps():
-    assert "symmetric weights make it" in notices("w4as8")[0]
-    assert "symmetric weights make it" not in notices("w4as8s", ["Conv1D"])[0]
+    assert "with --symmetric both will" in notices("w4as8")[0]
+    assert "with --symmetric both will" not in notices("w4as8s", ["Conv1D"])[0]
 
 
 def quantize_as_compressed_tensors(values, bits):

@@ -1,0 +1,60 @@
+"""How a command fails: one line on stderr, or one JSON object on stdout, and an exit code.
+
+What is raised below the command line, and what the parser of its options says.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from quantkit import display
+from quantkit.errors import QuantkitError, UsageError
+
+
+class OneLine(TyperGroup):
+    """The commands; what the parser refuses is told as every other error is."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **more: Any) -> Any:  # noqa: ANN401  as the base's
+        """Parse and run; exit with the code of the error if there is one."""
+        given = list(sys.argv[1:] if args is None else args)
+        if not given:  # then the help is shown
+            return super().main(given, *rest, **more)
+        try:
+            code = super().main(given, *rest, **{**more, "standalone_mode": False})
+        except typer.Abort:
+            sys.exit(1)
+        except Exception as error:
+            # the parser's own errors have no public name in typer
+            if not hasattr(error, "format_message"):
+                raise
+            context = getattr(error, "ctx", None)
+            where = context.command_path if context else "quantkit"
+            message = error.format_message().rstrip(".")
+            link = " See" if message.endswith("?") else "; see"
+            display.failed(f"{message}{link} {where} --help", UsageError.exit_code, as_json="--json" in given)
+            sys.exit(UsageError.exit_code)
+        sys.exit(code)
+
+
+@contextmanager
+def errors(as_json: bool) -> Iterator[None]:
+    """Show an error of the user's as one line, or one JSON object, and exit with its code."""
+    display.quiet_libraries()
+    try:
+        yield
+    except QuantkitError as error:
+        display.failed(str(error), error.exit_code, as_json=as_json)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        display.failed("interrupted; nothing was written", 130, as_json=as_json)
+        raise typer.Exit(130) from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
+            raise
+        hint = "lower --samples, --seqlen or --batch-size (quantkit quantize --dry-run predicts the peak)"
+        display.failed(f"out of memory; {hint}", 1, as_json=as_json)
+        raise typer.Exit(1) from None
