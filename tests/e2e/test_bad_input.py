@@ -256,7 +256,7 @@ def test_disk_that_fills_up_keeps_the_old_output(refused, monkeypatch, tmp_path)
         pytest.param(3, ["generate", "./nowhere", "--prompt", "x"], ["nowhere"], id="generate"),
         pytest.param(2, ["quantise", "tiny"], ["quantise", "quantize"], id="command"),
         pytest.param(2, ["check"], ["output", "quantkit check --help"], id="argument"),
-        pytest.param(2, ["list", "mehtods"], ["did you mean methods?"], id="list"),
+        pytest.param(2, ["list", "mehtods"], ["did you mean methods"], id="list"),
     ],
 )
 def test_other_commands(refused, monkeypatch, tmp_path, code, arguments, words):
