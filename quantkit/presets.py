@@ -18,7 +18,6 @@ DESCRIPTIONS = {
 }
 NAMES = (*DESCRIPTIONS,)
 DEFAULT = "balanced"
-UPDATES = 100
 
 Passes = Mapping[str, Mapping[str, Any]]
 
@@ -54,9 +53,8 @@ def _learned(scheme: QuantScheme, *, long: bool) -> Preset:
     """
     activations = scheme.activation_bits != UNQUANTIZED
     block = {
-        "updates": UPDATES,
+        "updates": 100,
         "rounding": True,
-        "rounding_lr": 1 / UPDATES,  # falling linearly, it takes a weight half a step: to the neighbour at most
         "lwc_lr": 0.03,
         "let": activations,
         "aug_loss": False,

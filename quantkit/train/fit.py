@@ -16,9 +16,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 SCHEDULES = ("constant", "linear", "cosine")
 ADAM = (0.9, 0.999)
 SIGN = (0.0, 0.0)  # AdamW without memory moves every parameter by its learning rate: sign descent
-EPSILON = (
-    1e-14  # a block's mean squared error may be 1e-6 and its gradients below AdamW's own 1e-8, which would stop them
-)
+EPSILON = 1e-14  # a block's gradients may be below AdamW's own 1e-8, which would all but stop them
 
 
 @dataclass(frozen=True, kw_only=True)

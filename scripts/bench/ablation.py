@@ -18,7 +18,7 @@ from common import difference, machine, markdown, measure, parser, recipe, schem
 from quantkit.core.scheme import UNQUANTIZED, QuantScheme
 from quantkit.recipe import Recipe
 
-BASE = {"schedule": "linear", "init": "search", "rounding": True, "rounding_lr": 0.01, "window": 2, "aug_loss": False}
+BASE = {"schedule": "linear", "init": "search", "rounding": True, "window": 2, "aug_loss": False}
 
 
 @dataclass(frozen=True)
