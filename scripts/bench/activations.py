@@ -1,84 +1,85 @@
-"""Perplexity with quantized weights and activations: rounding, equivalent transforms, training, windows, rotation.
+"""Perplexity where activations are quantized too: RTN, transforms without and with training, windows and rotation.
 
-    python scripts/bench/activations.py MODEL TRAIN TEST --settings w8a8 w6a6 w4a4 --updates 64
-    python scripts/bench/activations.py MODEL TRAIN TEST --settings w4a4 --rows rtn let --updates 0
+    python scripts/bench/activations.py stories15m tinystories/train.jsonl tinystories/test.jsonl --threads 1
+    python scripts/bench/activations.py MODEL TRAIN TEST --settings w4a4 --presets --updates 400 --work .bench/presets
+    python scripts/bench/activations.py MODEL TRAIN TEST --table --presets
 
-One scale per row of the weights; every linear's input, the queries, the keys and the values quantized per token, at
-calibration and when the exported checkpoint is judged. `LET untrained` moves the scales that SmoothQuant (arXiv
-2211.10438, equation 4) computes and trains nothing; its ranges, as those of every run without updates, are times 0.982.
+LET without training is SmoothQuant's scaling (Xiao et al., arXiv 2211.10438) at all the places that OmniQuant knows,
+between unclipped bounds: with clipping `updates=0` would not start from RTN's bounds but from those times 0.982. The
+learned rows differ from OmniQuant's own setting in what every preset differs in, batches of 8 and a learning rate that
+falls linearly; the augmented loss and the learning rates are the paper's. --set changes hyper-parameters of these rows.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from common import machine, markdown, measure, parser, perplexity, recipe, scheme, title
+from common import Figures, hyper_parameter, machine, markdown, measure, parser, perplexity, recipe, scheme, title
 
 from quantkit.core.scheme import QuantScheme
-from quantkit.recipe import Recipe
 
-LOOP = {"schedule": "linear", "lwc_lr": 0.03}
+CAPTION = (
+    "Quantized and judged: the input of every linear per token; Q, K (both after the rotary embedding) and V per token "
+    "and head; dynamic scales. The softmax's output, embeddings and head are not."
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: its method and what is learned, whether it rotates."""
+    """How a row of the table quantizes: a method with options, or a preset."""
 
     name: str
-    method: str
-    options: Mapping[str, Any]
+    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    preset: str | None = None
     rotate: bool = False
-    trained: bool = True
 
 
-LET = {"let": True, **LOOP}
-ROWS = {
-    "rtn": Row("RTN", "rtn", {}, trained=False),
-    "rtn-rotation": Row("RTN, rotation", "rtn", {}, rotate=True, trained=False),
-    "let": Row("LET untrained", "omniquant", LET, trained=False),
-    "let-rotation": Row("LET untrained, rotation", "omniquant", LET, rotate=True, trained=False),
-    "lwc-let": Row("LWC + LET", "omniquant", LET),
-    "lwc-let-window": Row("LWC + LET, window of 2", "omniquant", {**LET, "window": 2}),
-    "lwc-let-rotation": Row("LWC + LET, rotation", "omniquant", LET, rotate=True),
-    "all": Row("LWC + LET, window of 2, rotation", "omniquant", {**LET, "window": 2}, rotate=True),
-    "rounding": Row(
-        "the same, with learned rounding", "omniquant", {**LET, "window": 2, "rounding": True}, rotate=True
-    ),
-}
+def rows(args: argparse.Namespace) -> list[Row]:
+    """Return the rows of the table, without the one of the model itself."""
+    learned = {"updates": args.updates, "lwc": True, "let": True, "schedule": "linear", **dict(args.set)}
+    windows = {**learned, "window": args.window}
+    made = [
+        Row("RTN", "rtn"),
+        Row("RTN + rotation", "rtn", rotate=True),
+        Row("LET without training", "omniquant", {"updates": 0, "lwc": False, "let": True}),
+        Row("LWC + LET", "omniquant", learned),
+        Row(f"LWC + LET + window {args.window}", "omniquant", windows),
+        Row("LWC + LET + rotation", "omniquant", learned, rotate=True),
+        Row(f"LWC + LET + window {args.window} + rotation", "omniquant", windows, rotate=True),
+    ]
+    return made + [Row(name, preset=name) for name in ("balanced", "best") if args.presets]
+
+
+def run(args: argparse.Namespace, row: Row, setting: QuantScheme) -> Figures | None:
+    """Return the figures of one cell."""
+    wanted = recipe(args, setting, preset=row.preset, method=row.method, options=row.options, rotate=row.rotate)
+    return measure(args, f"activations-{setting}-{row.name}".replace(" ", ""), wanted)
+
+
+def table(args: argparse.Namespace) -> str:
+    """Return the table: a row for each way, a column for each setting."""
+    full = measure(args, "unquantized", None)
+    lines = [["unquantized", *[perplexity(full and full["perplexity"])] * len(args.settings)]]
+    for row in rows(args):
+        found = [run(args, row, setting) for setting in args.settings]
+        lines.append([row.name, *(perplexity(cell and cell["perplexity"]) for cell in found)])
+    return markdown(["", *map(title, args.settings)], lines)
 
 
 def main() -> None:
-    """Measure what is missing and print the table."""
-    args = _arguments()
-    print(f"{machine(args)}\n")
-    full = measure(args, "full", None)
-    lines = [[ROWS[row].name, *(_cell(args, row, setting) for setting in args.settings)] for row in args.rows]
-    print(markdown(["", *(title(setting) for setting in args.settings)], lines))
-    print(f"\nNot quantized: {perplexity(full and full['perplexity'])}. {args.updates} updates for each window.")
-
-
-def wanted(args: argparse.Namespace, row: Row, setting: QuantScheme) -> Recipe:
-    """Return the recipe of a cell."""
-    options = dict(row.options)
-    if row.method == "omniquant":
-        options["updates"] = args.updates if row.trained else 0
-    return recipe(args, setting, method=row.method, options=options, rotate=row.rotate)
-
-
-def _cell(args: argparse.Namespace, name: str, setting: QuantScheme) -> str:
-    figures = measure(args, f"activations-{name}-{setting}", wanted(args, ROWS[name], setting))
-    return perplexity(figures and figures["perplexity"])
-
-
-def _arguments() -> argparse.Namespace:
+    """Measure and print."""
     made = parser(__doc__)
-    made.add_argument("--settings", type=scheme, nargs="+", default=[scheme(text) for text in ("w8a8", "w6a6", "w4a4")])
-    made.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    made.add_argument("--updates", type=int, default=64, help="for each window")
-    return made.parse_args()
+    made.add_argument("--settings", type=scheme, nargs="+", default=[*map(scheme, ("w8a8", "w6a6", "w4a4"))])
+    made.add_argument("--updates", type=int, default=200, help="for each window")
+    made.add_argument("--window", type=int, default=2, help="blocks in a window, in the rows that say so")
+    made.add_argument("--presets", action="store_true", help="measure balanced and best too")
+    made.add_argument("--set", type=hyper_parameter, action="append", default=[], metavar="NAME=VALUE")
+    args = made.parse_args()
+    where = machine(args)
+    print(f"{table(args)}\n\n{CAPTION}\n{args.updates} updates a window. {where}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

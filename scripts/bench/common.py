@@ -18,7 +18,7 @@ import torch
 from quantkit import api
 from quantkit.core.scheme import UNQUANTIZED, QuantScheme
 from quantkit.errors import UsageError
-from quantkit.recipe import Recipe, with_changes
+from quantkit.recipe import Recipe, parse_setting, with_changes
 
 Figures = dict[str, Any]
 
@@ -54,10 +54,24 @@ def scheme(text: str) -> QuantScheme:
         raise argparse.ArgumentTypeError(f"{text} is no setting: {error}") from error
 
 
+def hyper_parameter(text: str) -> tuple[str, Any]:
+    """Return name and value of NAME=VALUE, as the command line's --set reads it.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        return parse_setting(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def title(setting: QuantScheme) -> str:
     """Return how tables call a setting."""
     activations = "" if setting.activation_bits == UNQUANTIZED else f"A{setting.activation_bits}"
-    return f"W{setting.bits}{activations} " + (f"g{setting.group_size}" if setting.group_size else "per channel")
+    symmetric = " symmetric" if setting.symmetric else ""
+    groups = f"g{setting.group_size}" if setting.group_size else "per channel"
+    return f"W{setting.bits}{activations} {groups}{symmetric}"
 
 
 def recipe(
