@@ -1,111 +1,109 @@
-"""What each part is worth: learned clipping, transforms, windows, rounding, weights, distillation, rotation, in turn.
+"""What each part of the learned methods contributes: perplexity without it, or with it, over several seeds.
 
-    python scripts/bench/ablation.py MODEL TRAIN TEST --settings w2g32 w4a4 --seeds 3
+    python scripts/bench/ablation.py stories15m tinystories/train.jsonl tinystories/test.jsonl --threads 1
+    python scripts/bench/ablation.py MODEL TRAIN TEST --settings w4a4 --seeds 5 --updates 200 --distill 64
+    python scripts/bench/ablation.py MODEL TRAIN TEST --table
 
-The base has every part that its setting is for; each row switches one off, or another on in its place. Mean and
-standard deviation over seeds, which draw other calibration text, other batches and another rotation. Lengths are short
-(--updates, --distill), the same in every row.
+The base is the preset `balanced` with windows of two blocks and fewer updates; where activations are quantized, with a
+rotation and without distillation, which are rows there. The steps of rounding and weights grow as their number shrinks,
+so that they come as far as in the preset. The seed decides which text is calibrated on, the order of the batches, and
+the rotation.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
-from common import difference, machine, markdown, measure, parser, recipe, scheme, spread, title
+from common import difference, hyper_parameter, machine, markdown, measure, parser, recipe, scheme, spread, title
 
+from quantkit import presets
 from quantkit.core.scheme import UNQUANTIZED, QuantScheme
-from quantkit.recipe import Recipe
-
-BASE = {"schedule": "linear", "init": "search", "rounding": True, "rounding_lr": 0.01, "window": 2, "aug_loss": False}
+from quantkit.quantizers.omniquant import OmniQuant
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of the table: what differs from the base, of OmniQuant's hyper-parameters and of the recipe."""
+class Variant:
+    """A row: options of the block-wise stage, options of the distillation (None: there is none), rotation."""
 
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    distill: bool = True
-    rotate: bool | None = None
+    block: Mapping[str, Any]
+    distill: Mapping[str, Any] | None
+    rotate: bool
+
+    def but(self, **options: Any) -> Self:  # noqa: ANN401
+        """Return the row that differs in these options of the block-wise stage."""
+        return replace(self, block={**self.block, **options})
+
+    @property
+    def passes(self) -> dict[str, Mapping[str, Any]]:
+        """The passes of the recipe."""
+        return {"omniquant": self.block, **({} if self.distill is None else {"distill": self.distill})}
 
 
-COMMON = [
-    Row("everything"),
-    Row("without LWC", {"lwc": False}),
-    Row("without the window", {"window": 1}),
-    Row("without rounding", {"rounding": False}),
-    Row("weights instead of rounding", {"rounding": False, "weights": True}),
-    Row("without distillation", distill=False),
-]
-WEIGHTS = [
-    *COMMON,
-    Row("without searched bounds", {"init": "nearest"}),
-    Row("with LET", {"let": True}),
-    Row("with rotation", rotate=True),
-]
-ACTIVATIONS = [*COMMON, Row("without LET", {"let": False}), Row("without rotation", rotate=False)]
+def variants(args: argparse.Namespace, setting: QuantScheme) -> dict[str, Variant]:
+    """Return the rows of one setting's table by name, the base first."""
+    activations = setting.activation_bits != UNQUANTIZED
+    block, distill = options(args, setting)
+    base = Variant({**block, "let": activations}, None if activations else distill, rotate=activations)
+    rows = {
+        "base: "
+        + ("LWC, LET, rounding, window, rotation" if activations else "LWC, rounding, window, distillation"): base,
+        "− LWC (bounds are the extremes)": base.but(lwc=False),
+        **({"− search for LWC's start": base.but(init="nearest")} if block.get("init") == "search" else {}),
+        "− rounding": base.but(rounding=False),
+        "weights instead of rounding": base.but(rounding=False, weights=True),
+        "− window": base.but(window=1),
+    }
+    signs = {True: "−", False: "+"}
+    rows[f"{signs[activations]} LET"] = base.but(let=not activations)
+    rows[f"{signs[activations]} rotation"] = replace(base, rotate=not activations)
+    rows[f"{signs[not activations]} distillation"] = replace(base, distill=distill if activations else None)
+    return rows
+
+
+def options(args: argparse.Namespace, setting: QuantScheme) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the block-wise stage and of the distillation: those of `balanced`, for fewer updates."""
+    preset = presets.find("balanced", setting).passes
+    method = replace(OmniQuant.for_scheme(setting), **preset["omniquant"])
+    longer = method.updates / max(1, args.updates)
+    steps = {"rounding_lr": method.rounding_lr * longer, "weights_lr": method.weights_lr * longer}
+    chosen = {"updates": args.updates, "window": args.window, **steps, **dict(args.set)}
+    return {**preset["omniquant"], **chosen}, {**preset["distill"], "updates": args.distill}
+
+
+def run(args: argparse.Namespace, setting: QuantScheme, row: str, variant: Variant) -> list[float]:
+    """Return the perplexities of one row, those seeds left out that --table has none for."""
+    found = []
+    for seed in range(args.seeds):
+        wanted = recipe(args, setting, passes=variant.passes, rotate=variant.rotate, seed=seed)
+        name = f"ablation-{setting}-{row}-{seed}"
+        found.append(measure(args, name, wanted))
+    return [figures["perplexity"] for figures in found if figures]
+
+
+def table(args: argparse.Namespace, setting: QuantScheme) -> str:
+    """Return the table of one setting: every row's mean, standard deviation and distance to the base."""
+    found = {name: run(args, setting, name, variant) for name, variant in variants(args, setting).items()}
+    base = next(iter(found.values()))
+    lines = [[name, spread(values), difference(values, base)] for name, values in found.items()]
+    return markdown([title(setting), "perplexity", "to the base"], lines)
 
 
 def main() -> None:
-    """Measure what is missing and print one table for each setting."""
-    args = _arguments()
-    print(machine(args))
-    for setting in args.settings:
-        rows = rows_of(setting)
-        found = {row.name: _values(args, row, setting) for row in rows}
-        lines = [[row.name, spread(found[row.name]), difference(found[row.name], found[rows[0].name])] for row in rows]
-        print(f"\n{title(setting)}\n\n{markdown(['', 'perplexity', 'against everything'], lines)}")
-    print(f"\n{args.seeds} seeds; {args.updates} updates for each window, {args.distill} of the whole model.")
-
-
-def rows_of(setting: QuantScheme) -> list[Row]:
-    """Return the rows of a setting; the first is the base."""
-    return WEIGHTS if setting.activation_bits == UNQUANTIZED else ACTIVATIONS
-
-
-def wanted(args: argparse.Namespace, row: Row, setting: QuantScheme, seed: int) -> Recipe:
-    """Return the recipe of one run."""
-    activations = setting.activation_bits != UNQUANTIZED
-    options = {**BASE, "lwc_lr": 0.1 if setting.bits < 4 else 0.03, "let": activations, "amp": not activations}
-    rotate = activations if row.rotate is None else row.rotate
-    made = recipe(
-        args,
-        setting,
-        method="omniquant",
-        options={**options, **row.options, "updates": args.updates},
-        rotate=rotate,
-        seed=seed,
-    )
-    if not row.distill:
-        return made
-    lr = 3e-3 if setting.bits < 3 else 1e-3
-    return with_pass(made, "distill", {"updates": args.distill, "lr": lr, "norms_lr": lr, "amp": not activations})
-
-
-def with_pass(made: Recipe, name: str, options: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with one more pass."""
-    return replace(made, passes={**made.passes, name: options})
-
-
-def _values(args: argparse.Namespace, row: Row, setting: QuantScheme) -> list[float]:
-    stem = row.name.replace(" ", "-")
-    runs = [
-        measure(args, f"ablation-{setting}-{stem}-{seed}", wanted(args, row, setting, seed))
-        for seed in range(args.seeds)
-    ]
-    return [run["perplexity"] for run in runs if run]
-
-
-def _arguments() -> argparse.Namespace:
+    """Measure and print."""
     made = parser(__doc__)
-    made.add_argument("--settings", type=scheme, nargs="+", default=[scheme(text) for text in ("w2g32", "w4a4")])
+    made.add_argument("--settings", type=scheme, nargs="+", default=[*map(scheme, ("w2g32", "w4a4"))])
     made.add_argument("--seeds", type=int, default=3)
-    made.add_argument("--updates", type=int, default=48, help="for each window")
-    made.add_argument("--distill", type=int, default=16, help="updates of the whole model")
-    return made.parse_args()
+    made.add_argument("--updates", type=int, default=60, help="for each window")
+    made.add_argument("--window", type=int, default=2, help="blocks in a window")
+    made.add_argument("--distill", type=int, default=24, help="updates of the whole model")
+    made.add_argument("--set", type=hyper_parameter, action="append", default=[], metavar="NAME=VALUE")
+    args = made.parse_args()
+    where = machine(args)
+    tables = [table(args, setting) for setting in args.settings]
+    print("\n\n".join(tables))
+    print(f"\n{args.updates} updates a window, {args.distill} of the whole model, {args.seeds} seeds. {where}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -55,7 +55,7 @@ def rows(args: argparse.Namespace) -> list[Row]:
 def run(args: argparse.Namespace, row: Row, setting: QuantScheme) -> Figures | None:
     """Return the figures of one cell."""
     wanted = recipe(args, setting, preset=row.preset, method=row.method, options=row.options, rotate=row.rotate)
-    return measure(args, f"activations-{setting}-{row.name}".replace(" ", ""), wanted)
+    return measure(args, f"activations-{setting}-{row.name}", wanted)
 
 
 def table(args: argparse.Namespace) -> str:

@@ -102,11 +102,11 @@ def measure(args: argparse.Namespace, name: str, wanted: Recipe | None) -> Figur
 
 
 def cell(args: argparse.Namespace, name: str, key: Mapping[str, Any], compute: Callable[[], Figures]) -> Figures | None:
-    """Return the figures of the file `name` in --work if it was made with `key`, otherwise compute and write them.
+    """Return the figures of the file called after `name` in --work if it was made with `key`, otherwise make it.
 
     None with --table where there are none.
     """
-    path = args.work / f"{name}.json"
+    path = args.work / f"{''.join(c for c in name if c.isalnum() or c in '+−-_.')}.json"
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["key"] == dict(key):
