@@ -1,12 +1,13 @@
 """Time of an update of the learned methods over forward and backward of the same dense block with the same loss.
 
-    python scripts/bench/calibration.py --threads 1
+    python scripts/bench/calibration.py --threads 1 --processor-time
     python scripts/bench/calibration.py --hidden 1024 --mlp 2816 --heads 16 --tokens 1024
     python scripts/bench/calibration.py --gpu-7b --device cuda
 
 One run, interleaved: a few dense steps, a few updates of each method, over and over; medians. The updates are those
 that `OmniQuant.apply` makes of a Llama block with random weights, optimizer included; the dense step has the gradients
-of all its parameters, as training needs them, and no optimizer.
+of all its parameters, as training needs them, and no optimizer. --processor-time counts what the process got of the
+processor, not what the clock shows: for machines that others use too, with one thread.
 
 --gpu-7b calibrates one block of LLaMA-2-7B's shape on 128 x 2048 tokens, 20 times each, in batches of --batch
 sequences, and prints the time of 32 such blocks and the peak memory beside what OmniQuant's paper reports (arXiv
@@ -118,21 +119,21 @@ def dense_step(window: Window, args: argparse.Namespace) -> Callable[[], float]:
 
     def step() -> float:
         block.module.zero_grad(set_to_none=True)
-        start = _now(window.device)
+        start = _now(args)
         output = dense.forward(0).float()
         (output - dense.targets[0].to(output)).square().mean().backward()
-        return _now(window.device) - start
+        return _now(args) - start
 
     return step
 
 
-def updates(window: Window, method: OmniQuant) -> list[float]:
+def updates(window: Window, method: OmniQuant, args: argparse.Namespace) -> list[float]:
     """Return the seconds of each update that the method makes, without the first ones; the window is then as before."""
     stamps: list[float] = []
     block, before = window.blocks[0], {}
     for name, parameter in block.module.named_parameters():
         before[name] = parameter.data
-    fresh = replace(window, notes={}, tick=lambda _: stamps.append(_now(window.device)))
+    fresh = replace(window, notes={}, tick=lambda _: stamps.append(_now(args)))
     method.apply(fresh)
     if {"fallback", "diverged"} & set(fresh.notes):
         sys.exit(f"the run does not count: {fresh.notes}")
@@ -153,7 +154,7 @@ def compare(shape: Shape, args: argparse.Namespace) -> list[list[str]]:
         for row in ROWS:
             method = OmniQuant(updates=args.updates + DROPPED, amp=args.amp, **row.options)
             plain += [dense() for _ in range(args.updates)]
-            times[row.name] += updates(windows[row.name], method)
+            times[row.name] += updates(windows[row.name], method, args)
         print(f"{shape}: repeat {repeat + 1} of {args.repeats}", file=sys.stderr, flush=True)
     base = statistics.median(plain)
     rows = [[str(shape), "dense forward and backward", f"{base * 1e3:.1f}", "1", ""]]
@@ -177,7 +178,7 @@ def whole_7b(args: argparse.Namespace) -> str:
         torch.cuda.reset_peak_memory_stats(args.device)
         count = min(args.updates, EPOCHS * shape.batches)
         method = OmniQuant(updates=count + DROPPED, let=activations)
-        seconds = statistics.median(updates(window, method))
+        seconds = statistics.median(updates(window, method, args))
         block = seconds * EPOCHS * shape.batches
         peak = torch.cuda.max_memory_allocated(args.device) / 1e9
         figures = f"{seconds * 1e3:.1f}", str(EPOCHS * shape.batches), f"{block:.1f}", f"{block * LAYERS / 60:.1f}"
@@ -199,10 +200,10 @@ def _amp(args: argparse.Namespace) -> bool:
     return args.amp and native_bfloat16(torch.device(args.device))
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _now(args: argparse.Namespace) -> float:
+    if torch.device(args.device).type == "cuda":
+        torch.cuda.synchronize(args.device)
+    return time.process_time() if args.processor_time else time.perf_counter()
 
 
 def main() -> None:
@@ -214,9 +215,12 @@ def main() -> None:
     made.add_argument("--updates", type=int, default=6, help="that are timed in each repeat")
     made.add_argument("--repeats", type=int, default=4)
     made.add_argument("--amp", action="store_true", help="matrix products in bfloat16, as GPUs always have them")
+    made.add_argument("--processor-time", action="store_true", help="instead of the clock's; with one thread")
     made.add_argument("--gpu-7b", action="store_true")
     made.add_argument("--profile", action="store_true", help="print where the time goes instead")
     args = made.parse_args()
+    if args.processor_time and (args.threads > 1 or torch.device(args.device).type == "cuda"):
+        made.error("--processor-time means something only with --threads 1 on a CPU")
     where = machine(args)
     if args.gpu_7b and torch.device(args.device).type == "cuda":
         print(f"{whole_7b(args)}\n\n{where}")
