@@ -245,14 +245,14 @@ def test_a_run_that_cannot_fit_names_the_nearest_preset_that_can(tmp_path, monke
     monkeypatch.setattr(costs, "host_memory", lambda work: 10**9 * (1 + (work.updates > 0) + (work.window > 1)))
     monkeypatch.setattr(costs, "free_memory", lambda device: 10**9 * (0.5 if between is None else between + 1.5))
     with pytest.raises(UsageError) as caught:
-        quantkit.quantize("tiny", **LEARN, preset="best", output=tmp_path / "out")
+        quantkit.quantize("tiny", **LEARN, preset="best", abits=8, output=tmp_path / "out")
     free = 0.5 if between is None else between + 1.5
     assert str(caught.value) == (
         f"the run needs about 3.00 GB of memory where {free:.2f} GB are free; "
         f"{way}lower --samples, --seqlen or --batch-size"
     )
     assert list(tmp_path.iterdir()) == []
-    plan = quantkit.plan("tiny", **LEARN, preset="best")  # it may be looked at
+    plan = quantkit.plan("tiny", **LEARN, preset="best", abits=8)  # it may be looked at
     assert (plan.memory_bytes, plan.refusal) == (3 * 10**9, str(caught.value))
     assert [cost.fits for cost in plan.presets] == [n + 1 <= free for n in range(3)]
 

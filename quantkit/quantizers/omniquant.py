@@ -50,8 +50,8 @@ class OmniQuant:
         let_down: transform between up_proj and down_proj too, which the paper does not.
         alpha: power of the activations' magnitude in the scales at the start.
         rounding: learn which of the two neighbouring levels each weight takes.
-        rounding_lr: how far an update moves a weight at the start, in steps; it does not grow with the batch. None:
-            1 / updates, which moves a weight by at most half a step while the rate falls linearly.
+        rounding_lr: how far an update moves a weight at the start, in steps, times `updates`: falling linearly, 1 lets
+            a weight move by half a step in all. It does not grow with the batch.
         weights: learn the weights themselves.
         weights_lr: learning rate of the weights, in steps.
         aug_loss: add the distance to what the original blocks make of the actual stream.
@@ -73,7 +73,7 @@ class OmniQuant:
     let_down: bool = False
     alpha: float = 0.5
     rounding: bool = False
-    rounding_lr: float | None = None
+    rounding_lr: float = 1.0
     weights: bool = False
     weights_lr: float = 2e-3
     aug_loss: bool = False
@@ -88,9 +88,8 @@ class OmniQuant:
         if self.window < 1:
             raise UsageError(f"window must be at least 1 block, not {self.window}")
         for name in ("lwc_lr", "let_lr", "rounding_lr", "weights_lr"):
-            rate = getattr(self, name)
-            if rate is not None and not rate > 0:
-                raise UsageError(f"{name} must be positive, not {rate}")
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be positive, not {getattr(self, name)}")
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"alpha must be between 0 and 1, not {self.alpha}")
         for name, known in (("schedule", SCHEDULES), ("init", ("nearest", "search", "gptq"))):
@@ -256,7 +255,7 @@ class OmniQuant:
             groups.append(ParameterGroup(parameters=moving, lr=self.let_lr * root))
         offsets = [quantizer.offset for quantizer in quantizers if quantizer.offset is not None]
         if self.rounding:
-            rate = self.rounding_lr or 1 / max(1, self.updates)
+            rate = self.rounding_lr / max(1, self.updates)
             groups.append(ParameterGroup(parameters=offsets, lr=rate, betas=SIGN, limit=0.5))
         if self.weights:
             groups.append(ParameterGroup(parameters=offsets, lr=self.weights_lr * root))

@@ -165,7 +165,7 @@ def test_the_divergence_falls(saved, text):
 def outputs(request, tmp_path_factory):
     """The embedded model at 2 bits, by one method alone and with distillation after it."""
     directory, made = tmp_path_factory.mktemp("distilled"), {}
-    settings = {"omniquant": {"updates": 12, "aug_loss": False, "lwc_lr": 0.05, "rounding": True, "rounding_lr": 0.05}}
+    settings = {"omniquant": {"updates": 12, "aug_loss": False, "lwc_lr": 0.05, "rounding": True, "rounding_lr": 0.6}}
     text = Calibration(text="embedded", samples=32, seqlen=32, batch_size=8)
     scheme = QuantScheme(bits=2, group_size=32)
     for name, whole in (("alone", {}), ("distilled", {"distill": {"updates": 24, "lr": 3e-3, "norms_lr": 3e-3}})):

@@ -23,7 +23,7 @@ TINY = data_dir("model_zoo") / "tiny"
 SCHEME = QuantScheme(bits=2, group_size=32)
 BATCHES = torch.randint(3, 1024, (2, 4, 24), generator=torch.Generator().manual_seed(0)).unbind()
 QUICK = {"updates": 12, "lwc_lr": 0.05, "schedule": "linear"}
-ROUNDING = {"rounding": True, "rounding_lr": 0.05}
+ROUNDING = {"rounding": True, "rounding_lr": 0.6}
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def test_gptq_gives_the_start_of_rounding_and_weights(window, kind):
     solved = GPTQ().solve(window, {site.parameter: site.learned.bounds() for site in window.sites})
     for site in window.sites:
         assert torch.equal(site.quantized.codes, solved[site.name][0].codes)
-    assert learned_error(window, init="gptq", lwc_lr=0.005, **{kind: True}) < started
+    assert learned_error(window, init="gptq", lwc_lr=0.005, rounding_lr=0.06, **{kind: True}) < started
 
 
 def amp_while_training(window, monkeypatch, *, native):
