@@ -20,6 +20,8 @@ from quantkit.recipe import Recipe
 
 BASE = {"schedule": "linear", "init": "search", "rounding": True, "window": 2, "aug_loss": False}
 
+REACH = 0.35  # of learned weights, so that they move as far as learned rounding: half a step with batches of 8
+
 
 @dataclass(frozen=True)
 class Row:
@@ -74,7 +76,7 @@ def wanted(args: argparse.Namespace, row: Row, setting: QuantScheme, seed: int) 
         args,
         setting,
         method="omniquant",
-        options={**options, **row.options, "updates": args.updates},
+        options={**options, "weights_lr": REACH / args.updates, **row.options, "updates": args.updates},
         rotate=rotate,
         seed=seed,
     )
