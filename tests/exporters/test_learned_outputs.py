@@ -1,7 +1,7 @@
 """What was transformed, rotated or learned in windows loads in plain transformers and computes what the original does.
 
 At 8 bits little is lost, so a norm, bias or head that was changed and not written, or written and not changed, shows.
-There is nothing to learn there: transforms are those that learning would start from, and rounding is to nearest or GPTQ's.
+Nothing is learned there: transforms are those that learning would start from, and rounding is to nearest or GPTQ's.
 """
 
 import pytest
@@ -29,12 +29,19 @@ CASES = {
     "rotate": {},
     "distill": {"distill": {"updates": 3}},
     "all": {
-        **{"let": True, "let_down": True, "rounding": True, "lwc": True, "init": "search", "window": 2},
+        "let": True,
+        "let_down": True,
+        "rounding": True,
+        "lwc": True,
+        "init": "search",
+        "window": 2,
         "distill": {"updates": 3},
     },
 }
 NORMS = {"let", "let_down", "window", "rotate", "distill", "all"}  # what changes more than the linears
-FAMILIES = {"llama": CASES, "qwen2": ("rotate", "all")} | dict.fromkeys(("opt", "gemma2", "gpt2"), ("let_down", "distill"))
+FAMILIES = {"llama": CASES, "qwen2": ("rotate", "all")} | dict.fromkeys(
+    ("opt", "gemma2", "gpt2"), ("let_down", "distill")
+)
 LOST = 0.05  # of the norm of the logits, most of it by clipping; a norm that is missing costs several times as much
 
 
@@ -63,17 +70,15 @@ def export(source, output, case, scheme):
     whole = {"distill": options.pop("distill")} if "distill" in options else {}
     passes = {"omniquant": START | options, **whole}
     rotate = case in ("rotate", "all")
-    recipe = Recipe(
-        model=str(source), scheme=QuantScheme.parse(scheme), passes=passes, calibration=TEXT, rotate=rotate
-    )
+    recipe = Recipe(model=str(source), scheme=QuantScheme.parse(scheme), passes=passes, calibration=TEXT, rotate=rotate)
     result = quantkit.quantize(recipe, output=output, device="cpu")
-    assert not any("fallback" in notes for notes in [result.report["whole"], *(b["notes"] for b in result.report["blocks"])])
+    assert not any(
+        "fallback" in notes for notes in [result.report["whole"], *(b["notes"] for b in result.report["blocks"])]
+    )
     return result.output
 
 
-@pytest.mark.parametrize(
-    ("family", "case"), [(family, case) for family, cases in FAMILIES.items() for case in cases]
-)
+@pytest.mark.parametrize(("family", "case"), [(family, case) for family, cases in FAMILIES.items() for case in cases])
 def test_it_loads_in_transformers_and_computes_what_the_original_does(saved, tmp_path, family, case):
     if OLD and family == "gpt2":
         pytest.skip(f"transformers {transformers.__version__} cannot load this family packed")
