@@ -37,11 +37,12 @@ def original():
 @pytest.mark.parametrize(("bits", "gain"), [(4, 1.0), (3, 0.98), (2, 0.7)])
 def test_learned_clipping_beats_rounding(tmp_path, original, bits, gain):
     figures = {}
-    for method in ("rtn", "omniquant"):
+    for method, options in (("rtn", {}), ("omniquant", {"updates": 160 if bits > 2 else 320})):
         result = api.quantize(
             SHARED / "models" / "stories260k",
             output=tmp_path / method,
             method=method,
+            options=options,
             wbits=bits,
             group_size=None,
             calibration=STORIES / "train.jsonl",
