@@ -55,7 +55,7 @@ def main() -> None:
     args = _arguments()
     print(machine(args))
     for setting in args.settings:
-        rows = rows_of(setting)
+        rows = [row for row in rows_of(setting) if not args.rows or row.name in args.rows]
         found = {row.name: _values(args, row, setting) for row in rows}
         lines = [[row.name, spread(found[row.name]), difference(found[row.name], found[rows[0].name])] for row in rows]
         print(f"\n{title(setting)}\n\n{markdown(['', 'perplexity', 'against everything'], lines)}")
@@ -104,6 +104,7 @@ def _arguments() -> argparse.Namespace:
     made = parser(__doc__)
     made.add_argument("--settings", type=scheme, nargs="+", default=[scheme(text) for text in ("w2g32", "w4a4")])
     made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--rows", nargs="+", help="only these, by name; the first is what the others are compared with")
     made.add_argument("--updates", type=int, default=48, help="for each window")
     made.add_argument("--distill", type=int, default=16, help="updates of the whole model")
     return made.parse_args()
