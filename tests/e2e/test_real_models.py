@@ -53,6 +53,18 @@ def test_learned_clipping_beats_rounding(tmp_path, original, bits, gain):
     assert original < figures["omniquant"] < gain * figures["rtn"]
 
 
+@pytest.mark.parametrize("bits", [3, 2])
+def test_the_default_beats_gptq_and_gptq_beats_rounding(tmp_path, original, bits):
+    text = {"calibration": STORIES / "train.jsonl", "samples": 32, "seqlen": 128}
+    ways = {"default": {"preset": "balanced"}, "gptq": {"method": "gptq"}, "rtn": {"method": "rtn"}}
+    found = {}
+    for name, way in ways.items():
+        model = SHARED / "models" / "stories260k"
+        result = api.quantize(model, output=tmp_path / name, wbits=bits, group_size=None, **text, **way)
+        found[name] = perplexity(result.output)
+    assert original < found["default"] < 0.95 * found["gptq"] < 0.9 * found["rtn"]
+
+
 FIGURES = pytest.mark.parametrize(("bits", "expected"), [(8, 2.6209), (6, 2.7062), (4, 5.5088)])
 
 
