@@ -14,6 +14,7 @@ LEVELS = [
     {"train"},
     {"quantizers"},
     {"exporters"},
+    {"runtime"},
     {"evaluation"},
     {"methods", "presets"},
     {"recipe"},

@@ -1,0 +1,1 @@
+"""Packed inference: transformers models whose linears compute from packed codes."""

@@ -1,0 +1,1 @@
+"""Kernels, one file each: how the product of activations with a packed weight is computed."""
