@@ -35,6 +35,7 @@ CONFINED = {
     "datasets": {"calibrate/text.py"},
     "lm_eval": set(),
     "pyarrow": {"calibrate/text.py"},
+    "triton": {"runtime/kernels/_triton_code.py"},
     "transformers": {
         *("calibrate/data.py", "calibrate/self_text.py", "model/rotation.py", "model/skeleton.py"),
         *(f"evaluation/{name}.py" for name in ("check", "divergence", "generate", "loading", "perplexity")),
