@@ -1,9 +1,10 @@
 """The kernels that `triton_gpu.py` starts; importing this imports Triton.
 
-In all of them `first`, `second` and `third` are the planes, (out, words) each; those that a width does not have repeat the
-first and are not read. `scale` and `zero` are (out, groups). Of code j of a word the bits of plane p move to the left by
-`shifts[p, j]` (to the right if negative), are kept where `masks[p, j]` has ones, and belong to a float of the exponent
-`exponents[j]`. `middle` is the zero code of symmetric schemes, None where `zero` is read.
+In all of them `first`, `second` and `third` are the planes, (out, words) each; those that a width does not have repeat
+the first and are not read. `scale` and `zero` are (out, groups). Of code j of a word the bits of plane p move to the
+left by `shifts[p, j]` (to the right if negative), are kept where `masks[p, j]` has ones, and belong to a float of the
+exponent `exponents[j]`. `middle` is the zero code of symmetric schemes, None where `zero` is read. `even` means that
+blocks fill rows without a rest.
 """
 
 import triton
@@ -85,8 +86,8 @@ def multiply_add(
 ):
     """Write y = x Wᵀ, (tokens, out), for few tokens; a program computes `block_rows` outputs of all tokens.
 
-    `one` is `ONE`: as a constant it would keep the assembler from joining "and" and "or" into one instruction. Every tensor
-    has the axes (token, row, span, lane), so that the compiler gives words and activations to the same threads.
+    `one` is `ONE`: as a constant it would keep the assembler from joining "and" and "or" into one instruction. Every
+    tensor has the axes (token, row, span, lane): the compiler then gives words and activations to the same threads.
     """
     program = tl.program_id(0) * block_rows
     row = tl.minimum(program + tl.arange(0, block_rows), out - 1)[None, :, None, None]
@@ -150,7 +151,7 @@ def tensor_cores(
     block_words: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """Write x Wᵀ of each part of the width, (parts, tokens, out); a program computes `block_rows` outputs of all tokens.
+    """Write x Wᵀ of each part of the width, (parts, tokens, out); a program computes `block_rows` outputs of one part.
 
     Threads exchange words once, as they are, and decode where the tensor cores want the weights.
     """

@@ -1,26 +1,26 @@
 """Packed inference on NVIDIA GPUs: kernels in Triton that decode the codes in registers.
 
-The layout. A code is cut along the binary digits of `bits` into *planes*, 3 = 2 + 1, 7 = 4 + 2 + 1; the first plane holds its
-low bits. A *word* is 32 bits of the first plane, with the 16, 8 or 4 codes that fill it and no code that straddles it; the
-other planes have one narrower word beside it, with the rest of the same codes:
+The layout. A code is cut along the binary digits of `bits` into *planes*, 3 = 2 + 1 and 7 = 4 + 2 + 1; the first
+plane holds its low bits. A *word* is 32 bits of the first plane, with the 16, 8 or 4 codes that fill it and none that
+straddles it; the other planes have one narrower word beside it, with the rest of the same codes:
 
     bits           2     3    4     5     6        7    8
     codes a word  16    16    8     8     8        8    4
     bits a word   32 32+16   32  32+8 32+16 32+16+8   32
 
-`lanes` words lie side by side and share out lanes · codes consecutive input features, a *span*, which never leaves its
-group: code j of word `lane` is feature j · lanes + lane. So what neighbouring threads multiply with their code j are
-neighbours among the activations, and all codes of a word have one scale.
+`lanes` words lie side by side and share out lanes · codes consecutive input features, a *span*, which never leaves
+its group: code j of word `lane` is feature j · lanes + lane. So what neighbouring threads multiply with their code j
+are neighbours among the activations, and all codes of a word have one scale.
 
-Decoding. A byte of the first plane holds the codes that one shift brings into the mantissa of a float32, and the other planes
-are ordered so that neighbours there are as far apart. Masked, and with the exponent of its place, a code is the float
-2^exponent + code, exactly: no integer is converted. The excess and the zero point are taken off once a word, the scale is
-multiplied once a word.
+Decoding. A byte of the first plane holds the codes that one shift brings into the mantissa of a float32, and the
+other planes are ordered so that neighbours there are as far apart. Masked, and with the exponent of its place, a code
+is the float 2^exponent + code, exactly: no integer is converted. The excess and the zero point are taken off, and the
+scale is multiplied, once for a few words.
 
-Three ways, by tokens. One or two, and float32: multiply-add in registers, where a program reads whole rows and reads every
-packed byte once. Up to 64: decoded weights go into tensor cores, the width is divided so that the GPU is full. More: a part of
-the rows is made dense, small enough to stay in the second-level cache, and multiplied by torch; so is every group size that is
-no multiple of the codes of a word.
+Three ways, by tokens. One or two, and float32: multiply-add in registers; a program reads whole rows, and every packed
+byte is read once. Up to 64: decoded weights go into tensor cores; the width is divided so that the GPU is full.
+More: a part of the rows is made dense, small enough for the second-level cache, and multiplied by torch; so is every
+group size that is no multiple of the codes of a word.
 
 The kernels themselves are in `_triton_code.py`, which is imported when it is needed: only that imports Triton.
 """
@@ -42,9 +42,10 @@ OLDEST = (8, 0)  # compute capability; older GPUs have no bfloat16
 ONE = 0x3F800000  # the bits of float32 1
 SUM_TOKENS = 2  # up to so many tokens multiply-add costs less than tensor cores, which have 8 columns or more
 CORE_TOKENS = 64  # up to so many, tensor cores read packed weights
-EXACT_TOKENS = 16  # up to so many in float32, which tensor cores would round, are for multiply-add
+EXACT_TOKENS = 4  # up to so many in float32, which tensor cores would round, are for multiply-add
 CHUNK = 2**24  # weights that are dense at once: 32 MiB of bfloat16
-PROGRAMS = 264  # fill a GPU: two for each multiprocessor of an H100
+PROGRAMS, WARPS = 264, 2048  # fill a GPU: two and fifteen for each of the 132 multiprocessors of an H100 or H200
+WARP_WORDS = 128  # of a row that a warp reads at once, 16 bytes a thread
 WHOLE_ROW = 2**30  # spans in a group that is the row
 _CONTAINERS = {8: torch.int8, 16: torch.int16, 32: torch.int32}
 
@@ -168,11 +169,13 @@ def _kernels() -> ModuleType:
 def _by_multiply_add(x: Tensor, weight: list[Tensor], layout: Layout) -> Tensor:
     tokens, count, side = len(x), words(layout), lanes(layout)
     columns = _power_of_two(tokens)
-    warps = min(4, max(1, count // 128))  # a thread reads 16 bytes of a row at once
-    rows = max(1, 8 // max(columns, len(planes(layout.scheme.bits))))
+    rows = max(1, 8 // (len(planes(layout.scheme.bits)) * max(1, columns // 2)))
     while rows > 1 and layout.out < PROGRAMS * rows:
         rows //= 2
-    spans = max(1, warps * 128 // side)
+    warps = min(4, max(1, _power_of_two(count // WARP_WORDS + 1) // 2))
+    while warps > 1 and _blocks(layout.out, rows) * warps >= 2 * WARPS:
+        warps //= 2  # for longer loops, which spend less on the sum over threads at their end
+    spans = max(1, warps * WARP_WORDS // side)
     y = x.new_empty(tokens, layout.out)
     _kernels().multiply_add[(_blocks(layout.out, rows),)](
         *(ONE, x, *weight, y, tokens, layout.out, layout.width, count, layout.groups),
@@ -185,7 +188,7 @@ def _by_multiply_add(x: Tensor, weight: list[Tensor], layout: Layout) -> Tensor:
         block_rows=rows,
         block_spans=spans,
         num_warps=warps,
-        maxnreg=128,
+        maxnreg=128 if columns == 1 else 168,  # so that 16 or 12 warps fit a multiprocessor
     )
     return y
 
