@@ -19,6 +19,7 @@ from quantkit.runtime.kernels.compiler import CompilerError, library
 LANES, CHUNK = 16, 32  # rows of a panel, columns of a chunk
 STEP = 8  # a group is whole steps
 FEW = 12  # tokens up to which decoding in registers is faster than dense parts; measured, see docs/inference.md
+ANY_BITS = 4  # of the library from which `dense_linear` is taken, in which codes play no part
 DENSE_BYTES = 2**21  # of a dense part: it should stay in the cache until it was multiplied
 
 
@@ -34,6 +35,8 @@ class Native:
         """See `Kernel.obstacle`."""
         if device.type != "cpu":
             return f"it runs on CPUs, not on {device.type}"
+        if layout.transposed:
+            return "its rows are input features"
         if layout.groups > 1 and layout.group_size % STEP:
             return f"groups of {layout.group_size} are no multiple of {STEP}"
         try:
@@ -97,12 +100,9 @@ def dense_linear(inputs: Tensor, weight: Tensor) -> Tensor:
         CompilerError: there is no library.
     """
     (out, width), tokens = weight.shape, len(inputs)
-    if tokens > FEW:
-        rows = max(1, DENSE_BYTES // (4 * width))
-        return torch.cat([inputs @ part.float().T for part in weight.split(rows)], dim=1)
     result = torch.empty(tokens, out)
     half = weight.dtype == torch.float16
-    library(8).quantkit_dense(  # the same for all widths of codes
+    library(ANY_BITS).quantkit_dense(
         weight.data_ptr(), out, width, half, inputs.data_ptr(), tokens, result.data_ptr(), torch.get_num_threads()
     )
     return result
@@ -159,13 +159,14 @@ def _unpack_panels(words: Tensor, bits: int, offset: int) -> Tensor:
         part = (words[:, :, first : first + plane].unsqueeze(3) >> shifts) & ((1 << plane) - 1)
         codes = codes | part.flatten(2, 3) << above
         first += plane
-    rows: Tensor = codes.permute(0, 3, 1, 2).reshape(len(words) * LANES, -1)
+    rows = codes.permute(0, 3, 1, 2).reshape(len(words) * LANES, -1)
     return (rows - offset).to(torch.int8)
 
 
 def _panels(values: Tensor) -> Tensor:
     """Return (rows, groups) as (panels, groups, LANES), padded with zeros."""
-    return pad(values, (0, 0, 0, -len(values) % LANES)).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+    padded: Tensor = pad(values, (0, 0, 0, -len(values) % LANES))
+    return padded.unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
 
 
 def _rows(panels: Tensor) -> Tensor:
