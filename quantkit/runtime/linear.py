@@ -1,10 +1,10 @@
 """Modules that compute from what is stored: packed codes, or weights of 16 bits under activations of 32."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class PackedLinear(nn.Module):
     """
 
     bias: Tensor | None
+    order: Tensor | None
 
     def __init__(
         self,
@@ -100,9 +101,9 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move as every module does, but keep the dtypes of what is packed; another kind of device has its own kernel."""
+        """Move as modules do, but keep the dtypes of what is packed; each kind of device has its own kernel."""
         before = self.packed
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.packed[self._names[0]].device
         for name, tensor in before.items():
             self._buffers[name] = tensor.to(device)
@@ -118,10 +119,14 @@ class PackedLinear(nn.Module):
 class HalfLinear(nn.Module):
     """A dense linear whose weight stays in 16 bits where activations are float32, as on CPUs."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, linear: nn.Linear) -> None:
-        """Take over weight (out, in) and bias of `linear`; the parameters stay the same objects, tied ones too."""
+        """Take over weight (out, in) and bias of `linear`; a weight that is tied stays shared."""
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.register_buffer("weight", linear.weight.detach())  # no parameter: `model.dtype` is that of parameters
+        self.register_parameter("bias", linear.bias)
         self.out_features, self.in_features = linear.weight.shape
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -138,26 +143,26 @@ class HalfLinear(nn.Module):
 class HalfEmbedding(nn.Module):
     """An embedding that is stored in 16 bits and gives float32; its values are exact."""
 
+    weight: Tensor
+
     def __init__(self, embedding: nn.Embedding) -> None:
-        """Take over the weight (tokens, features) of `embedding`; the parameter stays the same object."""
+        """Take over the weight (tokens, features) of `embedding`; one that is tied stays shared."""
         super().__init__()
-        self.weight, self.padding_idx = embedding.weight, embedding.padding_idx
+        self.register_buffer("weight", embedding.weight.detach())
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the rows of `tokens` (…): (…, features), float32."""
         return functional.embedding(tokens, self.weight).float()
 
 
-def narrow_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the name and the replacement of each dense linear and embedding of `model` that is held in 16 bits.
+def narrow_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the replacement of each dense linear and embedding of `model` that can be held in 16 bits, by its name.
 
-    Only of the plain classes: a family's own (Gemma's scaled embedding) computes more than its name says.
+    Of the plain classes alone: a family's own (Gemma's scaled embedding) computes more than its name says.
     """
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and module.weight.dtype in HALVES:
-            yield name, HalfLinear(module)
-        elif type(module) is nn.Embedding and module.weight.dtype in HALVES:
-            yield name, HalfEmbedding(module)
+    kinds: dict[type[nn.Module], Callable[[Any], nn.Module]] = {nn.Linear: HalfLinear, nn.Embedding: HalfEmbedding}
+    named = model.named_modules()
+    return {name: kinds[type(module)](module) for name, module in named if type(module) in kinds}
 
 
 def _native(inputs: Tensor, weight: Tensor) -> bool:
@@ -183,9 +188,7 @@ def _with_short_scale(weight: QuantizedTensor) -> QuantizedTensor:
     for dtype in HALVES:
         short = weight.scale.to(dtype)
         if weight.scale.dtype not in HALVES and torch.equal(short.to(weight.scale.dtype), weight.scale):
-            return QuantizedTensor(
-                codes=weight.codes, scale=short, zero_point=weight.zero_point, scheme=weight.scheme
-            )
+            return QuantizedTensor(codes=weight.codes, scale=short, zero_point=weight.zero_point, scheme=weight.scheme)
     return weight
 
 

@@ -165,10 +165,11 @@ def _unpack_panels(words: Tensor, bits: int, offset: int) -> Tensor:
 
 def _panels(values: Tensor) -> Tensor:
     """Return (rows, groups) as (panels, groups, LANES), padded with zeros."""
-    padded: Tensor = pad(values, (0, 0, 0, -len(values) % LANES))
-    return padded.unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+    padded: Tensor = pad(values, (0, 0, 0, -len(values) % LANES)).unflatten(0, (-1, LANES))
+    return padded.transpose(1, 2).contiguous()
 
 
 def _rows(panels: Tensor) -> Tensor:
     """Return (panels, groups, LANES) as (rows, groups)."""
-    return panels.transpose(1, 2).flatten(0, 1)
+    rows: Tensor = panels.transpose(1, 2).flatten(0, 1)
+    return rows
