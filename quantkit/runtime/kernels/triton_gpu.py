@@ -19,8 +19,8 @@ scale is multiplied, once for a few words.
 
 Three ways, by tokens. One or two, and float32: multiply-add in registers; a program reads whole rows, and every packed
 byte is read once. Up to 64: decoded weights go into tensor cores; the width is divided so that the GPU is full.
-More: a part of the rows is made dense, small enough for the second-level cache, and multiplied by torch; so is every
-group size that is no multiple of the codes of a word.
+More: a part of the rows is made dense, small enough for the second-level cache, and multiplied by torch; so are
+transposed weights and every group size that is no multiple of the codes of a word.
 
 The kernels themselves are in `_triton_code.py`, which is imported when it is needed: only that imports Triton.
 """
@@ -143,9 +143,9 @@ class TritonGpu:
         )
 
     def linear(self, inputs: Tensor, packed: Mapping[str, Tensor], layout: Layout) -> Tensor:
-        """Return `inputs` (tokens, width) times the transposed weight: (tokens, out), of the inputs' dtype."""
+        """See `Kernel.linear`."""
         if not len(inputs):
-            return inputs.new_empty(0, layout.out)
+            return inputs.new_empty(0, layout.width if layout.transposed else layout.out)
         codes = [packed[name] for name in _names(layout)]
         unused = [codes[0]] * (3 - len(codes))
         weight = [*codes, *unused, packed["scale"], packed.get("zero_point", packed["scale"])]
@@ -155,7 +155,7 @@ class TritonGpu:
 
 def _way(inputs: Tensor, layout: Layout) -> Callable[[Tensor, list[Tensor], Layout], Tensor]:
     tokens, precise = len(inputs), inputs.dtype == torch.float32
-    if not shares_scale(layout) or tokens > (EXACT_TOKENS if precise else CORE_TOKENS):
+    if layout.transposed or not shares_scale(layout) or tokens > (EXACT_TOKENS if precise else CORE_TOKENS):
         return _by_chunks
     return _by_multiply_add if precise or tokens <= SUM_TOKENS else _by_tensor_cores
 
@@ -219,18 +219,30 @@ def _by_tensor_cores(x: Tensor, weight: list[Tensor], layout: Layout) -> Tensor:
 def _by_chunks(x: Tensor, weight: list[Tensor], layout: Layout) -> Tensor:
     rows = min(layout.out, max(1, CHUNK // layout.width))
     dense = x.new_empty(rows, layout.width)
+    if layout.transposed:
+        total = x.new_zeros(len(x), layout.width, dtype=torch.float32)
+        for start in range(0, layout.out, rows):
+            part = x[:, start : start + rows]
+            total += part @ _dequantize(weight, start, dense[: part.shape[1]], layout)
+        return total.to(x.dtype)
     y = x.new_empty(len(x), layout.out)
     for start in range(0, layout.out, rows):
-        stop = min(start + rows, layout.out)
-        _kernels().dequantize[(_blocks(stop - start, 4), _blocks(words(layout), 128))](
-            *(*weight, dense, start, stop, layout.width, words(layout), layout.groups, layout.group_size),
-            **_constants(layout),
-            block_rows=4,
-            block_words=128,
-            num_warps=4,
-        )
-        torch.mm(x, dense[: stop - start].T, out=y[:, start:stop])
+        part = y[:, start : start + rows]
+        torch.mm(x, _dequantize(weight, start, dense[: part.shape[1]], layout).T, out=part)
     return y
+
+
+def _dequantize(weight: list[Tensor], start: int, dense: Tensor, layout: Layout) -> Tensor:
+    """Fill and return `dense` (rows, width) with the weights of the rows from `start` on."""
+    stop = start + len(dense)
+    _kernels().dequantize[(_blocks(len(dense), 4), _blocks(words(layout), 128))](
+        *(*weight, dense, start, stop, layout.width, words(layout), layout.groups, layout.group_size),
+        **_constants(layout),
+        block_rows=4,
+        block_words=128,
+        num_warps=4,
+    )
+    return dense
 
 
 def _constants(layout: Layout) -> dict[str, object]:
