@@ -27,6 +27,7 @@ The kernels themselves are in `_triton_code.py`, which is imported when it is ne
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -169,12 +170,7 @@ def _kernels() -> ModuleType:
 def _by_multiply_add(x: Tensor, weight: list[Tensor], layout: Layout) -> Tensor:
     tokens, count, side = len(x), words(layout), lanes(layout)
     columns = _power_of_two(tokens)
-    rows = max(1, 8 // (len(planes(layout.scheme.bits)) * max(1, columns // 2)))
-    while rows > 1 and layout.out < PROGRAMS * rows:
-        rows //= 2
-    warps = min(4, max(1, _power_of_two(count // WARP_WORDS + 1) // 2))
-    while warps > 1 and _blocks(layout.out, rows) * warps >= 2 * WARPS:
-        warps //= 2  # for longer loops, which spend less on the sum over threads at their end
+    rows, warps = _rows_and_warps(layout, columns)
     spans = max(1, warps * WARP_WORDS // side)
     y = x.new_empty(tokens, layout.out)
     _kernels().multiply_add[(_blocks(layout.out, rows),)](
@@ -191,6 +187,18 @@ def _by_multiply_add(x: Tensor, weight: list[Tensor], layout: Layout) -> Tensor:
         maxnreg=128 if columns == 1 else 168,  # so that 16 or 12 warps fit a multiprocessor
     )
     return y
+
+
+@cache
+def _rows_and_warps(layout: Layout, columns: int) -> tuple[int, int]:
+    """Return the outputs and the warps of a program: many outputs share activations, but the GPU should be full."""
+    rows = max(1, 8 // (len(planes(layout.scheme.bits)) * max(1, columns // 2)))
+    while rows > 1 and layout.out < PROGRAMS * rows:
+        rows //= 2
+    warps = min(4, max(1, _power_of_two(words(layout) // WARP_WORDS + 1) // 2))
+    while warps > 1 and _blocks(layout.out, rows) * warps >= 2 * WARPS:
+        warps //= 2  # for longer loops, which spend less on the sum over threads at their end
+    return rows, warps
 
 
 def _by_tensor_cores(x: Tensor, weight: list[Tensor], layout: Layout) -> Tensor:
@@ -245,6 +253,7 @@ def _dequantize(weight: list[Tensor], start: int, dense: Tensor, layout: Layout)
     return dense
 
 
+@cache
 def _constants(layout: Layout) -> dict[str, object]:
     """Return the constants of all kernels: how to decode, the zero code of symmetric schemes, the lanes."""
     bits = layout.scheme.bits
