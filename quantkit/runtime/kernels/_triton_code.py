@@ -219,22 +219,29 @@ def dequantize(
     masks: tl.constexpr,
     exponents: tl.constexpr,
     middle: tl.constexpr,
+    even: tl.constexpr,
+    shared: tl.constexpr,
     lanes: tl.constexpr,
     block_rows: tl.constexpr,
     block_words: tl.constexpr,
 ):
-    """Write the weights of the rows from `start` to `stop`, y (stop - start, width); any group size."""
-    row = start + tl.program_id(0) * block_rows + tl.arange(0, block_rows)[:, None]
+    """Write the weights of the rows from `start` to `stop`, (stop - start, width); `shared`: a word is in one group."""
+    here = tl.program_id(0) * block_rows + tl.arange(0, block_rows)[:, None]
+    row = tl.minimum(start + here, stop - 1)
     number = tl.program_id(1) * block_words + tl.arange(0, block_words)[None, :]
-    here = (row < stop) & (number < words)
-    where = tl.minimum(row, stop - 1) * words + tl.minimum(number, words - 1)
-    word = _load(first, second, third, where, len(shifts) // len(exponents))
+    inside = number if even else tl.minimum(number, words - 1)
+    word = _load(first, second, third, row * words + inside, len(shifts) // len(exponents))
     feature = (number // lanes) * (lanes * len(exponents)) + number % lanes
+    group = row * groups + tl.minimum(feature // group_size, groups - 1)
+    step = tl.load(scale + group).to(tl.float32)
+    zero_code = _zero(zero, group, middle)
+    target = y + here * width + feature
     for code in tl.static_range(len(exponents)):
         at = feature + code * lanes
-        valid = here & (at < width)
-        group = tl.minimum(row, stop - 1) * groups + tl.minimum(at // group_size, groups - 1)
-        step = tl.load(scale + group).to(tl.float32)
-        zero_code = _zero(zero, group, middle)
-        weight = _decoded(ONE, word, shifts, masks, exponents, code) - ((1 << exponents[code]) + zero_code)
-        tl.store(y + (row - start) * width + at, (weight * step).to(y.dtype.element_ty), mask=valid)
+        if not shared:
+            group = row * groups + tl.minimum(at // group_size, groups - 1)
+            step = tl.load(scale + group).to(tl.float32)
+            zero_code = _zero(zero, group, middle)
+        weight = (_decoded(ONE, word, shifts, masks, exponents, code) - ((1 << exponents[code]) + zero_code)) * step
+        valid = here < stop - start if even else (here < stop - start) & (at < width)
+        tl.store(target + code * lanes, weight.to(y.dtype.element_ty), mask=valid)

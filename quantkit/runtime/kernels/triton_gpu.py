@@ -114,7 +114,7 @@ class TritonGpu:
             return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST[0]}.{OLDEST[1]}"
         if layout.out * words(layout) >= 2**31:
             return f"{layout.out} × {layout.width} weights have too many words for 32-bit offsets"
-        return None
+        return _trouble(device)
 
     def pack(self, weight: QuantizedTensor) -> dict[str, Tensor]:
         """Return the planes `codes…`, `scale`, and `zero_point` of asymmetric schemes, on the device of `weight`.
@@ -152,6 +152,19 @@ class TritonGpu:
         weight = [*codes, *unused, packed["scale"], packed.get("zero_point", packed["scale"])]
         with torch.no_grad(), torch.cuda.device_of(inputs):
             return _way(inputs, layout)(inputs, weight, layout)
+
+
+@cache
+def _trouble(device: torch.device) -> str | None:
+    """Return why Triton cannot add one and one on `device`: it wants a C compiler, headers of Python, a driver."""
+    ones, sum_ = torch.ones(2, 1, device=device), torch.zeros(1, device=device)
+    try:
+        with torch.cuda.device_of(ones):
+            _kernels().add_parts[(1,)](ones, sum_, 2, 1, block=1024)
+    except Exception as error:  # noqa: BLE001  whatever it raises, another kernel can do the work
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"Triton cannot compile a kernel: {lines[0]}"
+    return None if sum_.item() == 2 else "Triton's kernels return wrong sums"
 
 
 def _way(inputs: Tensor, layout: Layout) -> Callable[[Tensor, list[Tensor], Layout], Tensor]:
@@ -246,6 +259,8 @@ def _dequantize(weight: list[Tensor], start: int, dense: Tensor, layout: Layout)
     _kernels().dequantize[(_blocks(len(dense), 4), _blocks(words(layout), 128))](
         *(*weight, dense, start, stop, layout.width, words(layout), layout.groups, layout.group_size),
         **_constants(layout),
+        even=_divides(128, layout),
+        shared=shares_scale(layout),
         block_rows=4,
         block_words=128,
         num_warps=4,
