@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,16 +12,13 @@ from quantkit.calibrate.text import read_text
 from quantkit.errors import UsageError
 from quantkit.evaluation import generate as generation
 from quantkit.evaluation.check import CheckResult, check
-from quantkit.evaluation.loading import load_model
+from quantkit.evaluation.loading import Model, load_model
 from quantkit.evaluation.perplexity import Perplexity, perplexity
 from quantkit.model import names
 from quantkit.pipeline import Progress, execute, prepare
 from quantkit.planning import Plan
 from quantkit.recipe import Recipe, from_defaults
 from quantkit.runtime import packed_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 __all__ = ["CheckResult", "Quantized", "check", "evaluate", "generate", "load", "make_recipe", "plan", "quantize"]
 
@@ -119,7 +116,7 @@ def load(
     dtype: torch.dtype | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
-) -> "PreTrainedModel":
+) -> Model:
     """Return a packed checkpoint as a transformers model whose linears compute from the packed codes.
 
     >>> model = quantkit.load("llama-7b-w4")
