@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from quantkit.calibrate.data import evaluation_windows
 from quantkit.calibrate.text import read_text
@@ -12,11 +14,16 @@ from quantkit.evaluation import generate as generation
 from quantkit.evaluation.check import CheckResult, check
 from quantkit.evaluation.loading import load_model
 from quantkit.evaluation.perplexity import Perplexity, perplexity
+from quantkit.model import names
 from quantkit.pipeline import Progress, execute, prepare
 from quantkit.planning import Plan
 from quantkit.recipe import Recipe, from_defaults
+from quantkit.runtime import packed_model
 
-__all__ = ["CheckResult", "Quantized", "check", "evaluate", "generate", "make_recipe", "plan", "quantize"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["CheckResult", "Quantized", "check", "evaluate", "generate", "load", "make_recipe", "plan", "quantize"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +110,37 @@ def plan(model: str | Path | Recipe, *, device: str | None = None, **fields: Any
     """
     recipe = model if isinstance(model, Recipe) else make_recipe(model, **fields)
     return prepare(recipe, device).plan
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    revision: str | None = None,
+) -> "PreTrainedModel":
+    """Return a packed checkpoint as a transformers model whose linears compute from the packed codes.
+
+    >>> model = quantkit.load("llama-7b-w4")
+    >>> model.generate(**tokenizer("Once upon a time", return_tensors="pt"))
+
+    It is an ordinary `PreTrainedModel`: `generate`, caches, batches and chat templates work as always; it is for
+    inference, nothing in it is trained. No code that comes with a checkpoint is run.
+
+    Args:
+        model: a directory or Hub id of compressed-tensors (quantkit's and llm-compressor's), GPTQ or AWQ.
+        device: `cpu`, `cuda`, `cuda:1`; None: a GPU if there is one.
+        dtype: of activations and of what is not packed; None: float32 on a CPU, as stored on a GPU.
+        device_map: `auto`, or module names and their devices, as accelerate has it; instead of `device`.
+        revision: revision on the Hub.
+
+    Raises:
+        ModelError: not packed, in a way that cannot be run packed, incomplete or damaged.
+        UsageError: a device or a map that cannot be used.
+    """
+    source = names.resolve(str(model), revision=revision)
+    return packed_model.load(source.path, device=device, dtype=dtype, device_map=device_map)
 
 
 def evaluate(  # noqa: PLR0913
