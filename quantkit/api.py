@@ -9,6 +9,7 @@ import torch
 
 from quantkit.calibrate.data import evaluation_windows
 from quantkit.calibrate.text import read_text
+from quantkit.conversion import Exported, convert, further
 from quantkit.errors import UsageError
 from quantkit.evaluation import generate as generation
 from quantkit.evaluation.check import CheckResult, check
@@ -23,15 +24,28 @@ from quantkit.runtime import packed_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["CheckResult", "Quantized", "check", "evaluate", "generate", "load", "make_recipe", "plan", "quantize"]
+__all__ = [
+    "CheckResult",
+    "Exported",
+    "Quantized",
+    "check",
+    "evaluate",
+    "export",
+    "generate",
+    "load",
+    "make_recipe",
+    "plan",
+    "quantize",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """A finished run: where the model lies, and the content of its report.json."""
+    """A finished run: where the model lies, the content of its report.json, and format → directory of further ones."""
 
     output: Path
     report: Mapping[str, Any]
+    formats: Mapping[str, Path]
 
 
 def make_recipe(
@@ -52,7 +66,7 @@ def make_recipe(
         fields: `wbits` or `target_bpw` (bits chosen by measured loss), `group_size` (None: one scale per row),
             `symmetric`; `abits`, `symmetric_activations`, `kv_bits`; `rotate`; `ignore` (globs); `calibration` (a name,
             a file, or `self`: text that the model writes), `samples`, `seqlen`, `batch_size`, `allow_short`; `seed`,
-            `revision`.
+            `revision`; `formats` (what to write besides compressed-tensors).
 
     Raises:
         UsageError: a value that is out of range, an unknown method, preset, field or hyper-parameter, or a method and a
@@ -67,8 +81,8 @@ def make_recipe(
     changes = {
         names.get(name, name): str(value) if isinstance(value, Path) else value for name, value in fields.items()
     }
-    if "ignore" in changes:
-        changes["ignore"] = tuple(changes["ignore"])
+    for name in {"ignore", "formats"} & changes.keys():
+        changes[name] = tuple(changes[name])
     return from_defaults(str(model), changes, method=method, preset=preset, options=options)
 
 
@@ -99,7 +113,35 @@ def quantize(
     recipe = model if isinstance(model, Recipe) else make_recipe(model, **fields)
     prepared = prepare(recipe, device)
     report = execute(prepared, Path(output), overwrite=overwrite, progress=progress)
-    return Quantized(output=Path(output), report=report)
+    formats = {name: Path(output) / name for name in further(prepared.recipe.formats)}
+    return Quantized(output=Path(output), report=report, formats=formats)
+
+
+def export(
+    output: str | Path,
+    *,
+    format: str,
+    to: str | Path | None = None,
+    overwrite: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Write what `quantize` wrote in another format, exactly and without calibrating again.
+
+    >>> quantkit.export("llama-7b-w4", format="gptq").output
+    PosixPath('llama-7b-w4/gptq')
+
+    Args:
+        output: the directory that `quantize` wrote.
+        format: `gptq`, `awq` or `gguf`.
+        to: the directory to write, which appears whole or not at all; None: `output`/`format`.
+        overwrite: replace an existing one.
+        options: of the format, such as {"version": 1} of GPTQ.
+
+    Raises:
+        QuantkitError: see `quantkit.errors`; nothing was written then.
+    """
+    place = Path(output) / format if to is None else Path(to)
+    return convert(Path(output), place, format, overwrite=overwrite, options=options)
 
 
 def plan(model: str | Path | Recipe, *, device: str | None = None, **fields: Any) -> Plan:  # noqa: ANN401

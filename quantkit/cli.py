@@ -130,6 +130,13 @@ def quantize(
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. (default: 0)")] = None,
     device: Device = None,
     revision: Revision = None,
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="Formats besides compressed-tensors, with commas: gptq,gguf; each is written to OUTPUT/<format>.",
+        ),
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe, as saved beside a model; flags change it.")] = None,
     overwrite: Annotated[
         bool,
@@ -172,6 +179,7 @@ def quantize(
             {
                 **_given({**scheme, **text, "rotate": rotate, "seed": seed, "revision": revision}),
                 **({"ignore": tuple(ignore)} if ignore else {}),
+                **({"formats": _formats(format_)} if format_ else {}),
                 **({"group_size": _group_size(group_size)} if group_size else {}),
             },
             method=method,
@@ -225,6 +233,34 @@ def check(
         display.checked(output, result.faults, result.facts, as_json=as_json)
         if result.faults:
             raise typer.Exit(CheckFailure.exit_code)
+
+
+@app.command()
+def export(
+    output: Output,
+    format_: Annotated[str, typer.Option("--format", help="gptq, awq or gguf, or several with commas.")],
+    to: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to write. (default: OUTPUT/<format>)")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Option of the format: version=1 of gptq; repeatable."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write OUTPUT in another format too, exactly and without calibrating again."""
+    with errors(as_json):
+        from quantkit import api
+
+        formats, options = _formats(format_), _options({}, set_ or [])
+        if to is not None and len(formats) > 1:
+            raise UsageError(f"-o {to} is the place of one format, not of {len(formats)}; leave out one of them")
+        made = []
+        for name in formats:
+            with display.status(f"exporting {name}", quiet=as_json):
+                made.append(api.export(output, format=name, to=to, overwrite=overwrite, options=options))
+        display.exported(made, as_json=as_json)
 
 
 @app.command()
@@ -349,6 +385,10 @@ def _options(flags: dict[str, Any], settings: list[str]) -> dict[str, Any]:
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
 def _group_size(text: str) -> int | None:

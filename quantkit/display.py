@@ -23,6 +23,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from quantkit.calibrate.walk import BlockReport
+    from quantkit.conversion import Exported
     from quantkit.evaluation.perplexity import Perplexity
     from quantkit.planning import Plan
     from quantkit.recipe import Recipe
@@ -186,6 +187,8 @@ def quantized(output: Path, report: Mapping[str, Any], *, as_json: bool) -> None
     table.add_row("scheme", f"{kind} by {report['method']}, {report['bits_per_weight']:.2f} bits per weight")
     table.add_row("quantized", f"{share:.1%} of {report['parameters']:,} parameters")
     table.add_row("size", f"{_bytes(measured['output_bytes'])} of weights")
+    if report["formats"]:
+        table.add_row("formats", ", ".join(str(output / name) for name in report["formats"]))
     learned = f" → {after:.3e} kept ({after / before - 1:+.0%})" if before and after != before else ""
     table.add_row("block error", f"{before:.3e} rounding to nearest{learned}")
     for name, meaning in _TROUBLE.items():
@@ -221,6 +224,16 @@ def checked(output: Path, faults: Sequence[str], facts: Mapping[str, Any], *, as
         _out.print(f"[bold red]fault:[/] {escape(fault)}")
     if not faults:
         _out.print(f"[bold green]ok:[/] {escape(str(output))} is whole and computes what was calibrated")
+
+
+def exported(made: "Sequence[Exported]", *, as_json: bool) -> None:
+    """Show what was written in other formats."""
+    if as_json:
+        _print_json({"exports": [{**asdict(each), "output": str(each.output)} for each in made]})
+        return
+    for each in made:
+        _out.print(f"{escape(each.format)}: {escape(str(each.output))}, {_bytes(each.bytes)}")
+        _print_notes(_out, each.notices)
 
 
 def evaluated(model: str, text: str, seqlen: int, result: "Perplexity", *, as_json: bool) -> None:

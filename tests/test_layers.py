@@ -19,7 +19,7 @@ LEVELS = [
     {"methods", "presets"},
     {"recipe"},
     {"workload"},
-    {"costs", "allocation"},
+    {"costs", "allocation", "conversion"},
     {"planning"},
     {"pipeline"},
     {"api", "catalogue", "display"},
