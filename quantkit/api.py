@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from quantkit.calibrate.data import evaluation_windows
@@ -22,6 +23,10 @@ from quantkit.model import names
 from quantkit.pipeline import Progress, execute, prepare
 from quantkit.planning import Plan
 from quantkit.recipe import Recipe, from_defaults
+from quantkit.runtime import packed_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "DEFAULT_RUNTIME",
@@ -33,6 +38,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "generate",
+    "load",
     "make_recipe",
     "plan",
     "quantize",
@@ -123,6 +129,37 @@ def plan(model: str | Path | Recipe, *, device: str | None = None, **fields: Any
     """
     recipe = model if isinstance(model, Recipe) else make_recipe(model, **fields)
     return prepare(recipe, device).plan
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    revision: str | None = None,
+) -> "PreTrainedModel":
+    """Return a packed checkpoint as a transformers model whose linears compute from the packed codes.
+
+    >>> model = quantkit.load("llama-7b-w4")
+    >>> model.generate(**tokenizer("Once upon a time", return_tensors="pt"))
+
+    It is an ordinary `PreTrainedModel`: `generate`, caches, batches and chat templates work as always; it is for
+    inference, nothing in it is trained. No code that comes with a checkpoint is run.
+
+    Args:
+        model: a directory or Hub id of compressed-tensors (quantkit's and llm-compressor's), GPTQ or AWQ.
+        device: `cpu`, `cuda`, `cuda:1`; None: a GPU if there is one.
+        dtype: of activations and of what is not packed; None: float32 on a CPU, as stored on a GPU.
+        device_map: `auto`, or module names and their devices, as accelerate has it; instead of `device`.
+        revision: revision on the Hub.
+
+    Raises:
+        ModelError: not packed, in a way that cannot be run packed, incomplete or damaged.
+        UsageError: a device or a map that cannot be used.
+    """
+    source = names.resolve(str(model), revision=revision)
+    return packed_model.load(source.path, device=device, dtype=dtype, device_map=device_map)
 
 
 @dataclass(frozen=True, kw_only=True)
