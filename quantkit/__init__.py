@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quantkit.api import (
         CheckResult,
+        Comparison,
         Exported,
         Quantized,
         check,
+        compare,
         evaluate,
+        evaluate_tasks,
         export,
         generate,
         load,
@@ -25,10 +28,13 @@ if TYPE_CHECKING:
 # none of these may be the name of a submodule too, which would take its place when it is imported
 __all__ = [
     "CheckResult",
+    "Comparison",
     "Exported",
     "Quantized",
     "check",
+    "compare",
     "evaluate",
+    "evaluate_tasks",
     "export",
     "generate",
     "load",

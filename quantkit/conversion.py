@@ -84,41 +84,52 @@ def refuse_unfit(
                 raise UsageError(f"{linear}: {error}") from None
 
 
-def convert(
-    source: Path,
-    output: Path,
-    name: str,
+def export(
+    output: str | Path,
     *,
+    format: str,
+    to: str | Path | None = None,
     overwrite: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Exported:
-    """Write the packed checkpoint `source` in the format `name` to the directory `output`, which appears whole or not.
+    """Write what `quantize` wrote in another format, exactly and without calibrating again.
+
+    >>> quantkit.export("llama-7b-w4", format="gptq").output
+    PosixPath('llama-7b-w4/gptq')
+
+    Args:
+        output: the directory that `quantize` wrote.
+        format: `gptq`, `awq` or `gguf`.
+        to: the directory to write, which appears whole or not at all; None: `output`/`format`.
+        overwrite: replace an existing one.
+        options: of the format, such as {"version": 1} of GPTQ.
 
     Raises:
         UsageError: an unknown format or option, or a format that cannot hold it.
-        ModelError: `source` is no packed checkpoint of quantkit, or damaged.
-        OutputError: `output` exists, is `source`, or cannot be written.
+        ModelError: `output` is no packed checkpoint of quantkit, or damaged.
+        OutputError: the directory exists, holds `output`, or cannot be written.
     """
-    exporter = _exporter(name, options)
-    if name == MAIN:
+    exporter, source = _exporter(format, options), Path(output)
+    target = source / format if to is None else Path(to)
+    if format == MAIN:
         raise UsageError(f"{source} is {MAIN} already; name another format: {', '.join(_others())}")
     quantization = _quantization(source)
     exporter.check(quantization.schemes)
-    _refuse_transposed(name, tuple(quantization.schemes))
-    refuse_existing(output, overwrite=overwrite)
-    if output.resolve() in (source.resolve(), *source.resolve().parents):
-        raise OutputError(f"{output} holds the checkpoint that is being read; choose another -o")
+    _refuse_transposed(format, tuple(quantization.schemes))
+    refuse_existing(target, overwrite=overwrite)
+    if target.resolve() in (source.resolve(), *source.resolve().parents):
+        raise OutputError(f"{target} holds the checkpoint that is being read; choose another -o")
     checkpoint = Checkpoint(source)
-    refuse_full_disk(output, sum(BYTES.get(info.dtype, 1) * info.elements for info in checkpoint.tensors.values()))
-    with Writer(output, overwrite=overwrite) as writer:
+    refuse_full_disk(target, sum(BYTES.get(info.dtype, 1) * info.elements for info in checkpoint.tensors.values()))
+    with Writer(target, overwrite=overwrite) as writer:
         if _is_whole(exporter):
             exporter.export(source, writer.directory)
         else:
             _write(checkpoint, quantization, exporter, writer)
         writer.finish()
-    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     told = exporter.notices(quantization.schemes, ("Linear",))
-    return Exported(format=name, output=output, bytes=size, notices=tuple(told))
+    return Exported(format=format, output=target, bytes=size, notices=tuple(told))
 
 
 def _write(checkpoint: Checkpoint, quantization: Quantization, exporter: Any, writer: Writer) -> None:  # noqa: ANN401
@@ -133,7 +144,12 @@ def _write(checkpoint: Checkpoint, quantization: Quantization, exporter: Any, wr
         if linear not in linears or end not in _ENDS:
             writer.add(name, checkpoint.load([name])[name])
         elif end == "weight_scale":  # each linear has one
-            for own, tensor in exporter.encode(_linear(checkpoint, linear, quantization)).items():
+            weight = _linear(checkpoint, linear, quantization)
+            try:
+                tensors = exporter.encode(weight)
+            except UsageError as error:
+                raise UsageError(f"{linear}: {error}") from None
+            for own, tensor in tensors.items():
                 writer.add(f"{linear}.{own}", tensor)
     for path in side_files(source, but=("config.json", REPORT, CHECK)):
         writer.copy(path)

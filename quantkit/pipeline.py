@@ -21,7 +21,7 @@ from quantkit.calibrate.self_text import sample_tokens
 from quantkit.calibrate.sensitivity import SHRINK, Sensitivity
 from quantkit.calibrate.text import SELF, read_text
 from quantkit.calibrate.walk import BlockReport, Listener
-from quantkit.conversion import convert, further, refuse_unfit
+from quantkit.conversion import export, further, refuse_unfit
 from quantkit.errors import DataError, OutputError, UsageError
 from quantkit.evaluation.loading import load_model
 from quantkit.evaluation.manifest import CHECK, RECIPE, REPORT, check_document, tensor_manifest
@@ -147,7 +147,7 @@ def _export(recipe: Recipe, output: Path, progress: Progress) -> None:
     """Write the further formats of a finished output."""
     for name in further(recipe.formats):
         progress.stage(f"exporting {name}")
-        convert(output, output / name, name)
+        export(output, format=name)
 
 
 def _refuse_formats(recipe: Recipe, source: Source, plan: Plan) -> None:

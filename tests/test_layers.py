@@ -23,7 +23,8 @@ LEVELS = [
     {"planning"},
     {"pipeline"},
     {"api", "catalogue", "display"},
-    {"failures"},
+    {"failures", "flags", "scoreboard"},
+    {"judging"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -33,7 +34,7 @@ CONFINED = {
     "accelerate": {"model/skeleton.py", "runtime/packed_model.py"},
     "compressed_tensors": set(),
     "datasets": {"calibrate/text.py"},
-    "lm_eval": set(),
+    "lm_eval": {"evaluation/harness.py"},
     "pyarrow": {"calibrate/text.py"},
     "transformers": {
         *("calibrate/data.py", "calibrate/self_text.py", "model/rotation.py", "model/skeleton.py"),
