@@ -24,7 +24,9 @@ from quantkit.resources import data_dir
 
 METHODS, FORMATS = methods.names("quantizers"), methods.names("exporters")
 EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
-EVERY_FORMAT = pytest.mark.parametrize("name", FORMATS)
+# of a linear at a time; the others are made of a finished checkpoint
+TENSORWISE = [name for name in FORMATS if not getattr(methods.find("exporters", name), "whole", False)]
+EVERY_FORMAT = pytest.mark.parametrize("name", TENSORWISE)
 SCHEMES = [
     QuantScheme(bits=bits, group_size=size, symmetric=symmetric)
     for bits, size, symmetric in itertools.product(range(2, 9), (None, 11), (False, True))
