@@ -9,7 +9,7 @@ step d and the offset m of a block in float16 and its unsigned codes q (`ggml-co
 
 So codes and scales stay what they are, with d repeated where groups are larger. Two roundings remain. m, minus the
 unsigned zero point times d, has up to five bits more than d and becomes the nearest float16; with d kept, nothing is
-closer. It moves the weights of a group by at most 2^-12 |m|: d / 273 with 4 bits, d / 132 with 5. And float16 ends
+closer. It moves the weights of a group by at most 2^-11 |m|: d / 137 with 4 bits, d / 66 with 5. And float16 ends
 earlier than bfloat16: a bfloat16 scale below 2^-17 becomes a multiple of 2^-24.
 
 Everything else is stored in the dtype that it has, vectors in float32 as llama.cpp asks. Where its architecture rotates
@@ -180,7 +180,7 @@ class _Entry:
 
 
 def _entries(checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme], model: Model) -> Iterator[_Entry]:
-    """Yield the tensors of the file in the order of the checkpoint.
+    """Yield the tensors of the file, block after block.
 
     Raises:
         ModelError: llama.cpp has no place for one of them.
@@ -191,7 +191,7 @@ def _entries(checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme], model: 
     architecture = MODEL_ARCH[model.architecture]
     places = get_tensor_name_map(architecture, model.blocks)
     heads = {MODEL_TENSOR.ATTN_Q: model.heads, MODEL_TENSOR.ATTN_K: model.kv_heads} if model.neighbours else {}
-    for stored in checkpoint:
+    for stored in sorted(checkpoint, key=lambda name: [part.zfill(9) for part in name.split(".")]):
         module, _, end = stored.rpartition(".")
         if end in ENDS[1:]:
             continue
@@ -271,7 +271,7 @@ def _add_file(writer: "GGUFWriter", model: Model, kinds: set[str]) -> None:
 
     quantized = sorted(kinds & set(BYTES))
     writer.add_type(GGUFType.MODEL)
-    writer.add_name(model.kind)  # transformers reads a file as Mistral's if that is its name
+    writer.add_name(model.kind.capitalize())  # transformers 5.23 fails on a file that is named `mistral`
     writer.add_quantized_by("quantkit")
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_file_type(LlamaFileType[f"MOSTLY_{quantized[0]}"] if len(quantized) == 1 else LlamaFileType.GUESSED)
