@@ -9,11 +9,13 @@ import pytest
 import torch
 from families import FAMILIES, save_tiny, save_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit import conversion
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import ModelError, OutputError, UsageError
+from quantkit.evaluation.loading import load_model
 from quantkit.exporters.awq import AWQFormat
 from quantkit.exporters.compressed_tensors import CompressedTensors
 from quantkit.exporters.gptq import GPTQFormat
@@ -128,6 +130,29 @@ def test_memory_holds_no_more_than_a_shard(output, monkeypatch):
     assert max(waiting) == largest < 40
 
 
+def test_a_format_that_is_one_file_appears_whole_or_not(output, tmp_path, monkeypatch):
+    made = quantkit.export(output, format="gguf")
+    assert [path.name for path in made.output.iterdir()] == ["model.gguf"]
+    with pytest.raises(OutputError, match="gguf exists"):
+        quantkit.export(output, format="gguf")
+    assert quantkit.check(output, device="cpu").faults == ()
+    monkeypatch.setattr("quantkit.exporters.gguf._write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        quantkit.export(output, format="gguf", to=tmp_path / "there")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_codes_that_are_stored_as_bytes_become_a_file_of_bytes(tmp_path):
+    integer = {"symmetric": True, "abits": 8, "symmetric_activations": True, "formats": ["gguf"]}
+    made = quantkit.quantize("tiny", output=tmp_path / "out", wbits=8, group_size=None, **integer, **FEW)
+    tokens = torch.randint(3, 1000, (1, 16), generator=torch.Generator().manual_seed(0))
+    file = AutoModelForCausalLM.from_pretrained(made.formats["gguf"], gguf_file="model.gguf", dtype=torch.float32)
+    packed, _ = load_model(made.output, device="cpu", activations=False)
+    with torch.no_grad():
+        found, expected = (model(input_ids=tokens).logits for model in (file, packed))
+    assert (found - expected).norm() < 0.005 * expected.norm()  # it does not round the product to 16 bits
+
+
 def test_options_of_a_format(output, tmp_path):
     made = quantkit.export(output, format="gptq", to=tmp_path / "v2", options={"version": 2})
     config = json.loads((made.output / "config.json").read_text())["quantization_config"]
@@ -175,6 +200,7 @@ def test_the_checkpoint_that_is_read_is_never_replaced(output, place):
     ("text", "formats", "reason"),
     [
         ("w3g32", ["awq"], "AWQ holds 4 bits, not 3"),
+        ("w3g32", ["gguf"], "GGUF cannot hold w3a16g32"),
         ("w5g32", ["gptq"], "GPTQ holds 2, 3, 4 or 8 bits, not 5"),
         ("w4g32", ["gptq", "awk"], "unknown format 'awk'"),
     ],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden.make import ACTIVATION_BITS, KINDS, dense_model, logits_of
+from golden.make import ACTIVATION_BITS, GGUF, KINDS, dense_model, logits_of, logits_of_gguf
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -68,6 +68,14 @@ def test_plain_transformers_quantizes_activations_as_it_did(kind):
     config.quantization_config = weights_only(config.quantization_config)
     found = transformers_logits(kind, golden["tokens"], config=config)
     torch.testing.assert_close(found, golden["logits"], **EXACT)
+
+
+@pytest.mark.parametrize("kind", GGUF)
+def test_transformers_reads_the_same_from_a_gguf_file(kind):
+    golden = expected(kind)
+    found = logits_of_gguf(GOLDEN / kind, golden["tokens"])
+    torch.testing.assert_close(found, golden["logits"], **EXACT)
+    assert (found.shape[-1], found.std() > 1) == (259, True)
 
 
 @EVERY

@@ -11,16 +11,18 @@ import json
 import shutil
 import sys
 import tempfile
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 from families import VOCABULARY, save_tokenizer
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import quantkit
 from quantkit.model.checkpoint import Checkpoint
+from quantkit.resources import data_dir
 from quantkit.runtime.reading import reader
 
 HERE = Path(__file__).parent
@@ -38,7 +40,9 @@ KINDS = {
     "gptq-v2-asymmetric": {"wbits": 3, "group_size": 32},
     "awq": {"wbits": 4, "group_size": 16},
 }
+GGUF = {"gguf-q4-1": {"wbits": 4, "group_size": 32}, "gguf-q8-0": {"wbits": 8, "group_size": 32, "symmetric": True}}
 ACTIVATION_BITS = {"ct-w8a8": 8, "ct-w4a8": 8}
+FEW = {"method": "rtn", "samples": 2, "seqlen": 16, "device": "cpu", "calibration": "embedded"}
 LEFT_OUT = ("report.json", "check.json", "recipe.toml", "generation_config.json")
 CONFIG = AutoConfig.for_model(
     "llama",
@@ -54,10 +58,10 @@ CONFIG = AutoConfig.for_model(
 )
 
 
-def make_source(directory: Path) -> None:
+def make_source(directory: Path, config: PreTrainedConfig = CONFIG) -> None:
     """Write a model with random weights in bfloat16, biases and norms included."""
     generator = torch.Generator().manual_seed(4)
-    model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for value in model.parameters():
             noise = torch.randn(value.shape, generator=generator)
@@ -106,8 +110,7 @@ def make(kind: str, source: Path, work: Path) -> None:
     """Write one kind anew."""
     name = kind.partition("-")[0]
     formats = [] if name == "ct" else [name]
-    few = {"method": "rtn", "samples": 2, "seqlen": 16, "device": "cpu", "calibration": "embedded"}
-    made = quantkit.quantize(source, output=work / kind, formats=formats, **KINDS[kind], **few)
+    made = quantkit.quantize(source, output=work / kind, formats=formats, **KINDS[kind], **FEW)
     target = HERE / kind
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(made.formats.get(name, made.output), target, ignore=shutil.ignore_patterns(*LEFT_OUT, "token*"))
@@ -120,12 +123,49 @@ def make(kind: str, source: Path, work: Path) -> None:
     save_file(expected, HERE / f"{kind}.safetensors")
 
 
+def make_gguf_source(directory: Path) -> None:
+    """Write a model without biases, which transformers does not read from a GGUF file, whose tokens are bytes."""
+    embedded = data_dir("model_zoo") / "tiny"
+    tokenizer = json.loads((embedded / "tokenizer.json").read_text())
+    model = tokenizer["model"]
+    merged = set(map("".join, model["merges"]))
+    model |= {"merges": [], "vocab": {text: index for text, index in model["vocab"].items() if text not in merged}}
+    config = deepcopy(CONFIG)
+    config.vocab_size, config.attention_bias = len(model["vocab"]), False
+    make_source(directory, config)
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(embedded / "tokenizer_config.json", directory)
+
+
+def logits_of_gguf(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Return what transformers, which reads such files too, computes."""
+    model = AutoModelForCausalLM.from_pretrained(directory, gguf_file="model.gguf", dtype=torch.float32)
+    return logits_of(model.eval(), tokens)
+
+
+def make_gguf(kind: str, source: Path, work: Path) -> None:
+    """Write one kind of GGUF file anew; its logits are those of the file, after a look at the checkpoint's."""
+    made = quantkit.quantize(source, output=work / kind, formats=["gguf"], **GGUF[kind], **FEW)
+    target = HERE / kind
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(made.formats["gguf"], target)
+    tokens = torch.randint(4, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(5))
+    logits, packed = logits_of_gguf(target, tokens), logits_of(dense_model(made.output), tokens)
+    assert (logits - packed).norm() < 0.01 * packed.norm()
+    save_file({"tokens": tokens, "logits": logits}, HERE / f"{kind}.safetensors")
+
+
 def main() -> None:
     """Write the kinds that are named, or all."""
-    with tempfile.TemporaryDirectory() as work:
-        make_source(Path(work) / "source")
-        for kind in sys.argv[1:] or KINDS:
-            make(kind, Path(work) / "source", Path(work))
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory)
+        make_source(work / "source")
+        make_gguf_source(work / "bytes")
+        for kind in sys.argv[1:] or (*KINDS, *GGUF):
+            if kind in GGUF:
+                make_gguf(kind, work / "bytes", work)
+            else:
+                make(kind, work / "source", work)
 
 
 if __name__ == "__main__":
