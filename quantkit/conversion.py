@@ -74,6 +74,7 @@ def refuse_unfit(
             continue
         _refuse_transposed(name, classes)
         if _is_whole(exporter):
+            exporter.check_shapes(shapes)
             exporter.check_model(model)
             continue
         scheme = next(iter(schemes.values()))

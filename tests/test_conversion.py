@@ -238,6 +238,15 @@ def test_shapes_that_do_not_fill_words_are_named_in_the_plan(tmp_path):
         quantize(tmp_path / "out", "w3g16", model=tmp_path / "model", formats=["gptq"])
 
 
+def test_rows_that_blocks_of_a_file_do_not_fill_are_named_in_the_plan(tmp_path):
+    narrow = deepcopy(FAMILIES["llama"])
+    narrow.intermediate_size = 80
+    save_tiny("llama", tmp_path / "model", config=narrow)
+    save_tokenizer(tmp_path / "model")
+    with pytest.raises(UsageError, match=r"rows of 80 weights in .*down_proj are no whole blocks of 32"):
+        quantize(tmp_path / "out", "w4", model=tmp_path / "model", formats=["gguf"])
+
+
 def test_the_plan_tells_what_runtimes_will_not_do():
     notes = quantkit.plan("tiny", wbits=3, group_size=32, formats=["gptq"], **FEW).notes
     assert any("not these asymmetric 3-bit weights" in note for note in notes)

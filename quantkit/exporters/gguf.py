@@ -76,6 +76,15 @@ class Gguf:
         read_model(read_config(source))
         read_tokenizer(source)
 
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse weights, module name → (out, in), whose rows the blocks cannot fill.
+
+        Raises:
+            UsageError: the first of them.
+        """
+        for module, (_, width) in shapes.items():
+            _refuse_partial_blocks(module, width)
+
     def notices(self, schemes: Mapping[str, QuantScheme], classes: Sequence[str]) -> Iterator[str]:  # noqa: ARG002
         """Yield what llama.cpp will do otherwise than calibrated."""
         if any(scheme.quantizes_activations for scheme in schemes.values()):
@@ -216,11 +225,7 @@ def _entries(checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme], model: 
 def _packed_entry(checkpoint: Checkpoint, module: str, scheme: QuantScheme, name: str, heads: int | None) -> _Entry:
     """Return the entry of a quantized linear whose rows change places if `heads` are given."""
     out, width = _packed_shape(checkpoint, module)
-    if width // scheme.groups(width) % BLOCK:
-        raise UsageError(
-            f"rows of {width} weights in {module} are no whole blocks of {BLOCK}; GGUF cannot hold it quantized, "
-            "leave it dense with --ignore"
-        )
+    _refuse_partial_blocks(module, width // scheme.groups(width))
 
     def load() -> Tensor:
         tensors = checkpoint.load(f"{module}.{end}" for end in (*ENDS, "weight") if f"{module}.{end}" in checkpoint)
@@ -229,6 +234,14 @@ def _packed_entry(checkpoint: Checkpoint, module: str, scheme: QuantScheme, name
 
     kind = TYPES[scheme.bits, scheme.symmetric]
     return _Entry(name=name, kind=kind, shape=(out, width // BLOCK * BYTES[kind]), bytes=load)
+
+
+def _refuse_partial_blocks(module: str, width: int) -> None:
+    if width % BLOCK:
+        raise UsageError(
+            f"rows of {width} weights in {module} are no whole blocks of {BLOCK}; GGUF cannot hold it quantized, "
+            "leave it dense with --ignore"
+        )
 
 
 def _packed_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
