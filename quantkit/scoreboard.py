@@ -99,8 +99,7 @@ def scored(  # noqa: PLR0913
     }
     if _put(facts, as_json=as_json, output=output):
         return
-    out.print(_scores_table(model, against, result))
-    print_notes(out, _notes(result))
+    _print_scores(model, against, result)
 
 
 def compared(
@@ -124,8 +123,8 @@ def compared(
     table.add_row("divergence", f"mean [bold]{measured.kl:.3g}[/], {spread} nats per token")
     out.print(table, "", _histogram(measured))
     if result.tasks is not None:
-        out.print("", _scores_table(model, reference, result.tasks))
-        print_notes(out, _notes(result.tasks))
+        out.print("")
+        _print_scores(model, reference, result.tasks)
 
 
 def _perplexity(result: "Perplexity") -> dict[str, Any]:
@@ -152,6 +151,12 @@ def _task_facts(result: "TaskScores") -> dict[str, Any]:
     return {"tasks": rows, **({"flips": flips} if result.reference else {}), "notes": _notes(result)}
 
 
+def _print_scores(model: str, against: str | None, result: "TaskScores") -> None:
+    # no terminal, no width to fit: a file gets one line per row
+    out.print(_scores_table(model, against, result), width=None if out.is_terminal else 1000)
+    print_notes(out, _notes(result))
+
+
 def _notes(result: "TaskScores") -> list[str]:
     """Return the notes of both models, those that are the same once."""
     return list(dict.fromkeys([*result.notes, *(result.reference.notes if result.reference else ())]))
@@ -160,11 +165,11 @@ def _notes(result: "TaskScores") -> list[str]:
 def _scores_table(model: str, against: str | None, result: "TaskScores") -> Table:
     """One row per metric; lost and won are the answers that turned from right to wrong and from wrong to right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("task", overflow="fold")
+    table.add_column("task", overflow="fold", min_width=8)
     table.add_column("metric", no_wrap=True)
     compared_with = (_last_part(against), "change", "lost", "won") if against else ()
     for name in ("n", _last_part(model), *compared_with):
-        table.add_column(escape(name), justify="right", no_wrap=True)
+        table.add_column(escape(name), justify="right", overflow="fold")
     flips = {(each.task, each.metric, each.filter): each for each in result.flips}
     for score, other in result.pairs():
         cells = [escape(_task_name(score)), _metric_name(score), f"{score.samples:,}", _value(score)]
