@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -153,7 +154,8 @@ def _task_facts(result: "TaskScores") -> dict[str, Any]:
 
 def _print_scores(model: str, against: str | None, result: "TaskScores") -> None:
     # no terminal, no width to fit: a file gets one line per row
-    out.print(_scores_table(model, against, result), width=None if out.is_terminal else 1000)
+    console = out if out.is_terminal else Console(highlight=False, width=1000)
+    console.print(_scores_table(model, against, result))
     print_notes(out, _notes(result))
 
 

@@ -39,6 +39,7 @@ _PASSED_ON = (
     *("add_bos_token", "chat_template_args", "enable_thinking", "logits_cache", "max_batch_size", "max_length"),
     *("prefix_token_id", "softmax_dtype", "think_end_token", "truncation"),
 )
+_SHELL_DEVICE = "cuda:0"  # what lm-eval's command line says where --device is left out, also without a GPU
 _NO_ANSWER = "Label index was not in"  # lm-eval's words for an answer that nobody can give
 Progress = Callable[[int, int], None]
 Tasks = dict[str, Any]  # lm-eval's TaskDict: tasks and groups by name
@@ -71,7 +72,8 @@ class QuantkitLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
                 known = (*_PASSED_ON, "runtime", "revision", "pretrained")
                 raise UsageError(f"the model quantkit has no argument {name!r}{nearest(name, known)}")
         if isinstance(pretrained, str):
-            pretrained, tokenizer = load_with(runtime, pretrained, revision=revision, device=device)
+            place = None if device == _SHELL_DEVICE else device
+            pretrained, tokenizer = load_with(runtime, pretrained, revision=revision, device=place)
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size, **options)
         self._progress = progress
         self._at_once = 1
