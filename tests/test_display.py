@@ -20,8 +20,8 @@ def terminal(request, monkeypatch):
     screen = Console(file=io.StringIO(), force_terminal=True, width=request.param, highlight=False, soft_wrap=True)
     for stream in (sys.stdout, sys.stderr):
         monkeypatch.setattr(stream, "isatty", lambda: True)
-    monkeypatch.setattr(display, "_err", screen)
-    monkeypatch.setattr(display, "_out", screen)
+    monkeypatch.setattr(display, "err", screen)
+    monkeypatch.setattr(display, "out", screen)
     return screen
 
 
