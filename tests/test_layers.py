@@ -37,6 +37,7 @@ CONFINED = {
     "gguf": {"exporters/gguf.py"},
     "lm_eval": {"evaluation/harness.py"},
     "pyarrow": {"calibrate/text.py"},
+    "triton": {"runtime/kernels/_triton_code.py"},
     "transformers": {
         *("calibrate/data.py", "calibrate/self_text.py", "model/rotation.py", "model/skeleton.py"),
         "runtime/packed_model.py",
