@@ -19,25 +19,27 @@ LEVELS = [
     {"methods", "presets"},
     {"recipe"},
     {"workload"},
-    {"costs", "allocation"},
+    {"costs", "allocation", "conversion"},
     {"planning"},
     {"pipeline"},
     {"api", "catalogue", "display"},
-    {"failures"},
+    {"failures", "flags", "scoreboard"},
+    {"judging"},
     {"cli"},
     {"__init__", "__main__"},
 ]
 LEVEL = {family: level for level, families in enumerate(LEVELS) for family in families}
 # heavy libraries, and the only files in which each may be imported
 CONFINED = {
-    "accelerate": {"model/skeleton.py"},
+    "accelerate": {"model/skeleton.py", "runtime/packed_model.py"},
     "compressed_tensors": set(),
     "datasets": {"calibrate/text.py"},
     "gguf": {"exporters/gguf.py"},
-    "lm_eval": set(),
+    "lm_eval": {"evaluation/harness.py"},
     "pyarrow": {"calibrate/text.py"},
     "transformers": {
         *("calibrate/data.py", "calibrate/self_text.py", "model/rotation.py", "model/skeleton.py"),
+        "runtime/packed_model.py",
         *(f"evaluation/{name}.py" for name in ("check", "divergence", "generate", "loading", "perplexity")),
     },
 }

@@ -8,7 +8,6 @@ linears and Q, K and V, though no runtime does all of it (`exporters/compressed_
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,7 +25,7 @@ from quantkit.core.scheme import QuantScheme
 from quantkit.errors import ModelError, UsageError
 from quantkit.exporters.compressed_tensors import OWN, schemes_of, weights_only
 from quantkit.model import names
-from quantkit.model.activations import Activations
+from quantkit.model.activations import quantize_activations as quantize_around
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.device import pick_device
 from quantkit.model.skeleton import LINEARS, read_config
@@ -84,14 +83,7 @@ def quantize_activations(model: PreTrainedModel, scheme: QuantScheme, *, dense: 
     """
     skipped = set(dense)
     linears = [name for name, part in model.named_modules() if isinstance(part, LINEARS) and name not in skipped]
-    activations, forward = Activations(model, linears, scheme), model.forward
-
-    @wraps(forward)  # `generate` looks at the signature
-    def quantizing(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        with activations.quantized():
-            return forward(*args, **kwargs)
-
-    model.forward = quantizing
+    quantize_around(model, linears, scheme)
 
 
 @contextmanager

@@ -76,6 +76,15 @@ class Gguf:
         read_model(read_config(source))
         read_tokenizer(source)
 
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse weights, module name → (out, in), whose rows the blocks cannot fill.
+
+        Raises:
+            UsageError: the first of them.
+        """
+        for module, (_, width) in shapes.items():
+            _refuse_partial_blocks(module, width)
+
     def notices(self, schemes: Mapping[str, QuantScheme], classes: Sequence[str]) -> Iterator[str]:  # noqa: ARG002
         """Yield what llama.cpp will do otherwise than calibrated."""
         if any(scheme.quantizes_activations for scheme in schemes.values()):
@@ -195,14 +204,15 @@ def _entries(checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme], model: 
         module, _, end = stored.rpartition(".")
         if end in ENDS[1:]:
             continue
-        place = places.get_type_and_name(f"{module}.weight" if end in ENDS else stored, (".weight", ".bias"))
+        packed = end == ENDS[0] or f"{stored}_scale" in checkpoint  # `int-quantized` keeps the name of the weight
+        place = places.get_type_and_name(f"{module}.weight" if packed else stored, (".weight", ".bias"))
         if place is None:
             raise ModelError(f"llama.cpp's {model.kind} has no place for {stored}; {INSTEAD}")
         kind, name = place
         if kind in MODEL_TENSOR_SKIP.get(architecture, ()):
             continue
         order = heads.get(kind)
-        if end in ENDS:
+        if packed:
             scheme = schemes[module] if module in schemes else next(iter(schemes.values()))
             yield _packed_entry(checkpoint, module, scheme, name, order)
         else:
@@ -214,21 +224,33 @@ def _entries(checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme], model: 
 
 def _packed_entry(checkpoint: Checkpoint, module: str, scheme: QuantScheme, name: str, heads: int | None) -> _Entry:
     """Return the entry of a quantized linear whose rows change places if `heads` are given."""
-    shape = f"{module}.weight_shape"
-    out, width = (int(size) for size in checkpoint.load([shape])[shape])
-    if width // scheme.groups(width) % BLOCK:
-        raise UsageError(
-            f"rows of {width} weights in {module} are no whole blocks of {BLOCK}; GGUF cannot hold it quantized, "
-            "leave it dense with --ignore"
-        )
+    out, width = _packed_shape(checkpoint, module)
+    _refuse_partial_blocks(module, width // scheme.groups(width))
 
     def load() -> Tensor:
-        tensors = checkpoint.load(f"{module}.{end}" for end in ENDS if f"{module}.{end}" in checkpoint)
+        tensors = checkpoint.load(f"{module}.{end}" for end in (*ENDS, "weight") if f"{module}.{end}" in checkpoint)
         parts = {name.removeprefix(f"{module}."): tensor for name, tensor in tensors.items()}
         return _in_order(blocks(CompressedTensors().decode(parts, scheme)), heads)
 
     kind = TYPES[scheme.bits, scheme.symmetric]
     return _Entry(name=name, kind=kind, shape=(out, width // BLOCK * BYTES[kind]), bytes=load)
+
+
+def _refuse_partial_blocks(module: str, width: int) -> None:
+    if width % BLOCK:
+        raise UsageError(
+            f"rows of {width} weights in {module} are no whole blocks of {BLOCK}; GGUF cannot hold it quantized, "
+            "leave it dense with --ignore"
+        )
+
+
+def _packed_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
+    if whole := checkpoint.tensors.get(f"{module}.weight"):
+        out, width = whole.shape
+    else:
+        shape = f"{module}.weight_shape"
+        out, width = (int(size) for size in checkpoint.load([shape])[shape])
+    return out, width
 
 
 def _dense_entry(checkpoint: Checkpoint, stored: str, name: str, heads: int | None) -> _Entry:

@@ -11,6 +11,7 @@ only the linears' inputs are quantized, and whoever plans a run says so.
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,15 +37,17 @@ class Activations:
     Outside the context the module is as it was. Inside, gradients flow, also through `torch.func.functional_call`.
     """
 
-    def __init__(self, module: nn.Module, linears: Iterable[str], scheme: QuantScheme) -> None:
+    def __init__(self, module: nn.Module, linears: Iterable[str], scheme: QuantScheme, *, heads: bool = True) -> None:
         """Find what `scheme` quantizes around the `linears` of `module`, given by their names inside it.
 
         An attention module is meant if one of the linears is inside it: where all of them stay dense, it does too.
+        Without `heads` the inputs of linears are quantized alone, as runtimes do it.
         """
         self.scheme = scheme
         self.linears = [module.get_submodule(name) for name in linears]
         meant = {id(linear) for linear in self.linears}
-        self.attentions = [found for found in attentions(module) if any(id(part) in meant for part in found.modules())]
+        candidates = attentions(module) if heads else []
+        self.attentions = [found for found in candidates if any(id(part) in meant for part in found.modules())]
         self.interfaces = {id(found): found for found in map(_interface, self.attentions)}.values()
 
     @contextmanager
@@ -99,6 +102,21 @@ class Activations:
             for part in (key, value)
         )
         return query, key, value
+
+
+def quantize_activations(model: nn.Module, linears: Iterable[str], scheme: QuantScheme, *, heads: bool = True) -> None:
+    """Let every later call of `model` quantize its activations as `scheme` says; nothing is hooked between calls.
+
+    Arguments as of `Activations`.
+    """
+    activations, forward = Activations(model, linears, scheme, heads=heads), model.forward
+
+    @wraps(forward)  # `generate` looks at the signature
+    def quantizing(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        with activations.quantized():
+            return forward(*args, **kwargs)
+
+    model.forward = quantizing
 
 
 class _Shared:

@@ -5,7 +5,7 @@ are copied out of it one at a time, loaded, used and dropped, so the whole model
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,26 @@ class Skeleton:
         module.load_state_dict({name: loaded[source] for name, source in stored.items()}, strict=False, assign=True)
         return module.to(device).eval().requires_grad_(False)
 
+    def fill(self, checkpoint: Checkpoint, dtype_of: Callable[[str], torch.dtype | None]) -> None:
+        """Read every parameter and buffer of the model that `checkpoint` has, for good and on the CPU.
+
+        `dtype_of` gives the dtype of a tensor by its name in the model, None for the one in which it is stored.
+
+        Raises:
+            ModelError: a tensor is nowhere, or has another shape.
+        """
+        absent = set()
+        for name, empty in self.model.state_dict().items():
+            source = self.stored_name(name, checkpoint)
+            if source is None:
+                absent.add(name)
+                continue
+            _refuse_other_shape(source, checkpoint, empty)
+            _assign(self.model, name, checkpoint.load([source], dtype_of(name))[source])
+        self._tie(absent)
+        if missing := [name for name, value in self.model.state_dict().items() if value.is_meta]:
+            raise ModelError(f"{checkpoint.directory} has no tensor for {missing[0]}; the checkpoint is incomplete")
+
     @contextmanager
     def outer_weights(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
         """Fill everything outside the blocks for the duration of the context, then empty it again.
@@ -132,11 +152,9 @@ class Skeleton:
         try:
             for name, source in stored.items():
                 if source is not None:
-                    _assign(self.model, name, nn.Parameter(loaded[source].to(device), requires_grad=False))
+                    _assign(self.model, name, loaded[source].to(device))
             del loaded
-            # as from_pretrained does: tie what is not stored, and what is stored twice with equal values
-            absent = {name for name, source in stored.items() if source is None}
-            self.model.tie_weights(missing_keys=absent, recompute_mapping=False)
+            self._tie({name for name, source in stored.items() if source is None})
             if missing := [name for name, value in self.outer_parameters().items() if value.is_meta]:
                 raise ModelError(f"{checkpoint.directory} has no tensor for {missing[0]}; the checkpoint is incomplete")
             _move_buffers(self.model, self.blocks, device)
@@ -144,6 +162,10 @@ class Skeleton:
         finally:
             for name, value in outer.items():
                 _assign(self.model, name, value)
+
+    def _tie(self, absent: set[str]) -> None:
+        """Tie, as from_pretrained does, what is not stored, and what is stored twice with equal values."""
+        self.model.tie_weights(missing_keys=absent, recompute_mapping=False)
 
 
 def read_config(directory: Path) -> PretrainedConfig:
@@ -245,10 +267,15 @@ def _refuse_other_shape(source: str, checkpoint: Checkpoint, expected: torch.Ten
         )
 
 
-def _assign(model: nn.Module, name: str, value: nn.Parameter) -> None:
-    """Put `value` in the place of the parameter `name`."""
+def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put `value` in the place of the parameter or buffer `name`."""
     owner, _, attribute = name.rpartition(".")
-    model.get_submodule(owner)._parameters[attribute] = value
+    module = model.get_submodule(owner)
+    if attribute in module._buffers:
+        module._buffers[attribute] = value
+    else:
+        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        module._parameters[attribute] = parameter
 
 
 def _move_buffers(model: nn.Module, blocks: nn.ModuleList, device: torch.device) -> None:

@@ -15,12 +15,14 @@ from quantkit.core.scheme import QuantScheme
 class Layout:
     """What is packed: a weight of `out` rows and `width` input features, quantized by `scheme`.
 
-    `scheme.group_size` divides `width`; None means one group that is the whole row.
+    `scheme.group_size` divides `width`; None means one group that is the whole row. Where `transposed`, as GPT-2's
+    Conv1D, rows are input features and groups run along the `width` output features: y = x W.
     """
 
     out: int
     width: int
     scheme: QuantScheme
+    transposed: bool = False
 
     @property
     def groups(self) -> int:
@@ -34,7 +36,7 @@ class Layout:
 
 
 class Kernel(Protocol):
-    """One way to compute y = x Wᵀ, where W is never dense as a whole.
+    """One way to compute y = x Wᵀ, where W is never dense as a whole; a file of `kernels/` ends with `KERNEL`.
 
     The packed tensors are a kernel's own: it decides their layout, and they take at most 1.1 times the bits that
     `QuantScheme.bits_per_weight` states. All lie on one device, and moving each of them there moves the weight.

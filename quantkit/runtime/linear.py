@@ -1,0 +1,198 @@
+"""Modules that compute from what is stored: packed codes, or weights of 16 bits under activations of 32."""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quantkit.core.qtensor import QuantizedTensor
+from quantkit.runtime.kernel import Kernel, Layout
+from quantkit.runtime.kernels import native, reference
+from quantkit.runtime.kernels.compiler import CompilerError, library
+
+KERNELS = {"cuda": "triton_gpu", "cpu": "native"}  # the fast one of each kind of device
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def pick_kernel(device: torch.device, layout: Layout) -> Kernel:
+    """Return the fast kernel of `device`, or `reference` with a warning that says why it is not the fast one."""
+    name = KERNELS.get(device.type)
+    obstacle = f"there is no kernel for {device.type}"
+    if name is not None:
+        kernel: Kernel = import_module(f"quantkit.runtime.kernels.{name}").KERNEL
+        obstacle = kernel.obstacle(device, layout) or ""
+        if not obstacle:
+            return kernel
+    _warn(f"packed weights are computed by torch alone, which is slow: {obstacle}")
+    return reference.KERNEL
+
+
+class PackedLinear(nn.Module):
+    """A linear whose weight stays packed; takes the place of `nn.Linear` and of GPT-2's `Conv1D`, for inference.
+
+    Moving it to another device moves the packed weight; changing its dtype changes the bias alone.
+    """
+
+    bias: Tensor | None
+    order: Tensor | None
+
+    def __init__(
+        self,
+        weight: QuantizedTensor,
+        bias: Tensor | None = None,
+        *,
+        order: Tensor | None = None,
+        transposed: bool = False,
+        kernel: Kernel | None = None,
+    ) -> None:
+        """Pack `weight` (out, in).
+
+        Args:
+            weight: as it was stored; where `transposed`, (in, out).
+            bias: (out,), or None.
+            order: int64 (in,), the input features in the order of the weight's columns; None: as they are.
+            transposed: the weight's rows are input features.
+            kernel: which one computes; None: the fast one of the device.
+        """
+        super().__init__()
+        rows, width = weight.codes.shape
+        self.layout = Layout(out=rows, width=width, scheme=weight.scheme, transposed=transposed)
+        self.in_features, self.out_features = (rows, width) if transposed else (width, rows)
+        weight = _with_short_scale(weight)
+        exact = weight.scale.dtype in HALVES  # what the fast kernels read
+        self.kernel = kernel or (pick_kernel(weight.codes.device, self.layout) if exact else reference.KERNEL)
+        self._hold(weight)
+        self.register_buffer("order", order)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return inputs (…, in) times the weight, plus the bias: (…, out)."""
+        flat = inputs.reshape(-1, self.in_features)
+        if self.order is not None:
+            flat = flat.index_select(1, self.order)
+        result = self.kernel.linear(flat.contiguous(), self.packed, self.layout)
+        if self.bias is not None:
+            result += self.bias
+        return result.view(*inputs.shape[:-1], self.out_features)
+
+    @property
+    def packed(self) -> dict[str, Tensor]:
+        """The kernel's tensors."""
+        return {name: self._buffers[name] for name in self._names}  # type: ignore[misc]
+
+    def unpack(self) -> QuantizedTensor:
+        """Return the weight as it was stored, its columns in the stored order."""
+        return self.kernel.unpack(self.packed, self.layout)
+
+    def extra_repr(self) -> str:
+        """Say what is packed."""
+        kernel = type(self.kernel).__name__.lower()
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.layout.scheme}, {kernel}"
+
+    def _hold(self, weight: QuantizedTensor) -> None:
+        packed = self.kernel.pack(weight)
+        self._names = tuple(packed)
+        for name, tensor in packed.items():
+            self.register_buffer(name, tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move as modules do, but keep the dtypes of what is packed; each kind of device has its own kernel."""
+        before = self.packed
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.packed[self._names[0]].device
+        for name, tensor in before.items():
+            self._buffers[name] = tensor.to(device)
+        if self.kernel is not reference.KERNEL and device.type != before[self._names[0]].device.type:
+            weight = self.unpack()
+            for name in self._names:
+                del self._buffers[name]
+            self.kernel = pick_kernel(device, self.layout)
+            self._hold(weight)
+        return self
+
+
+class HalfLinear(nn.Module):
+    """A dense linear whose weight stays in 16 bits where activations are float32, as on CPUs."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Take over weight (out, in) and bias of `linear`; a weight that is tied stays shared."""
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach())  # no parameter: `model.dtype` is that of parameters
+        self.register_parameter("bias", linear.bias)
+        self.out_features, self.in_features = linear.weight.shape
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return inputs (…, in) times the weight, plus the bias: (…, out), of the inputs' dtype."""
+        if inputs.dtype != torch.float32 or self.weight.dtype not in HALVES:
+            return functional.linear(inputs, self.weight.to(inputs.dtype), self.bias)
+        flat = inputs.reshape(-1, self.in_features).contiguous()
+        result = native.dense_linear(flat, self.weight) if _native(flat, self.weight) else _in_parts(flat, self.weight)
+        if self.bias is not None:
+            result += self.bias
+        return result.view(*inputs.shape[:-1], self.out_features)
+
+
+class HalfEmbedding(nn.Module):
+    """An embedding that is stored in 16 bits and gives float32; its values are exact."""
+
+    weight: Tensor
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        """Take over the weight (tokens, features) of `embedding`; one that is tied stays shared."""
+        super().__init__()
+        self.register_buffer("weight", embedding.weight.detach())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the rows of `tokens` (…): (…, features), float32."""
+        return functional.embedding(tokens, self.weight).float()
+
+
+def narrow_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the replacement of each dense linear and embedding of `model` that can be held in 16 bits, by its name.
+
+    Of the plain classes alone: a family's own (Gemma's scaled embedding) computes more than its name says.
+    """
+    kinds: dict[type[nn.Module], Callable[[Any], nn.Module]] = {nn.Linear: HalfLinear, nn.Embedding: HalfEmbedding}
+    named = model.named_modules()
+    return {name: kinds[type(module)](module) for name, module in named if type(module) in kinds}
+
+
+def _native(inputs: Tensor, weight: Tensor) -> bool:
+    return len(inputs) <= native.FEW and weight.device.type == "cpu" and weight.is_contiguous() and _compiled()
+
+
+@cache
+def _compiled() -> bool:
+    try:
+        library(native.ANY_BITS)
+    except CompilerError:
+        return False
+    return True
+
+
+def _in_parts(inputs: Tensor, weight: Tensor) -> Tensor:
+    rows = max(1, reference.ELEMENTS // weight.shape[1])
+    return torch.cat([inputs @ part.to(inputs.dtype).T for part in weight.split(rows)], dim=1)
+
+
+def _with_short_scale(weight: QuantizedTensor) -> QuantizedTensor:
+    """Return `weight` with scales of 16 bits where that loses nothing."""
+    for dtype in HALVES:
+        short = weight.scale.to(dtype)
+        if weight.scale.dtype not in HALVES and torch.equal(short.to(weight.scale.dtype), weight.scale):
+            return QuantizedTensor(codes=weight.codes, scale=short, zero_point=weight.zero_point, scheme=weight.scheme)
+    return weight
+
+
+@cache
+def _warn(text: str) -> None:
+    """Warn once of each reason."""
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
