@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +25,6 @@ from quantkit.pipeline import Progress, execute, prepare
 from quantkit.planning import Plan
 from quantkit.recipe import Recipe, from_defaults
 from quantkit.runtime import packed_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 __all__ = [
     "DEFAULT_RUNTIME",
@@ -143,7 +140,7 @@ def load(
     dtype: torch.dtype | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
-) -> "PreTrainedModel":
+) -> Model:
     """Return a packed checkpoint as a transformers model whose linears compute from the packed codes.
 
     >>> model = quantkit.load("llama-7b-w4")

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -99,8 +100,7 @@ def scored(  # noqa: PLR0913
     }
     if _put(facts, as_json=as_json, output=output):
         return
-    out.print(_scores_table(model, against, result))
-    print_notes(out, result.notes)
+    _print_scores(model, against, result)
 
 
 def compared(
@@ -124,8 +124,8 @@ def compared(
     table.add_row("divergence", f"mean [bold]{measured.kl:.3g}[/], {spread} nats per token")
     out.print(table, "", _histogram(measured))
     if result.tasks is not None:
-        out.print("", _scores_table(model, reference, result.tasks))
-        print_notes(out, result.tasks.notes)
+        out.print("")
+        _print_scores(model, reference, result.tasks)
 
 
 def _perplexity(result: "Perplexity") -> dict[str, Any]:
@@ -149,24 +149,37 @@ def _task_facts(result: "TaskScores") -> dict[str, Any]:
             row["difference"] = score.value - other.value
         rows.append(row)
     flips = [{**asdict(each), "share": each.share} for each in result.flips]
-    return {"tasks": rows, **({"flips": flips} if result.reference else {}), "notes": list(result.notes)}
+    return {"tasks": rows, **({"flips": flips} if result.reference else {}), "notes": _notes(result)}
+
+
+def _print_scores(model: str, against: str | None, result: "TaskScores") -> None:
+    # no terminal, no width to fit: a file gets one line per row
+    console = out if out.is_terminal else Console(highlight=False, width=1000)
+    console.print(_scores_table(model, against, result))
+    print_notes(out, _notes(result))
+
+
+def _notes(result: "TaskScores") -> list[str]:
+    """Return the notes of both models, those that are the same once."""
+    return list(dict.fromkeys([*result.notes, *(result.reference.notes if result.reference else ())]))
 
 
 def _scores_table(model: str, against: str | None, result: "TaskScores") -> Table:
+    """One row per metric; lost and won are the answers that turned from right to wrong and from wrong to right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("task")
+    table.add_column("task", overflow="fold", min_width=8)
     table.add_column("metric", no_wrap=True)
-    table.add_column("n", justify="right")
-    names = (_last_part(model), *((_last_part(against), "difference", "flips") if against else ()))
-    for name in names:
-        table.add_column(escape(name), justify="left" if name == "flips" else "right")
+    compared_with = (_last_part(against), "change", "lost", "won") if against else ()
+    for name in ("n", _last_part(model), *compared_with):
+        table.add_column(escape(name), justify="right", overflow="fold")
     flips = {(each.task, each.metric, each.filter): each for each in result.flips}
     for score, other in result.pairs():
         cells = [escape(_task_name(score)), _metric_name(score), f"{score.samples:,}", _value(score)]
         if other is not None:
             turned = flips.get(score.key)
-            cells += [_value(other), f"{score.value - other.value:+.4f}"]
-            cells.append(f"{turned.share:.1%}: {turned.to_wrong} lost, {turned.to_right} won" if turned else "")
+            difference = score.value - other.value
+            cells += [_value(other), "+" * (difference >= 0) + _number(difference)]
+            cells += [str(turned.to_wrong), str(turned.to_right)] if turned else []
         table.add_row(*cells)
     return table
 
@@ -200,7 +213,11 @@ def _metric_name(score: "Score") -> str:
 
 
 def _value(score: "Score") -> str:
-    return f"[bold]{score.value:.4f}[/]" + (f" ± {score.stderr:.4f}" if score.stderr is not None else "")
+    return f"[bold]{_number(score.value)}[/]" + (f" ± {_number(score.stderr)}" if score.stderr is not None else "")
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
 
 
 def _last_part(model: str) -> str:

@@ -39,6 +39,8 @@ _PASSED_ON = (
     *("add_bos_token", "chat_template_args", "enable_thinking", "logits_cache", "max_batch_size", "max_length"),
     *("prefix_token_id", "softmax_dtype", "think_end_token", "truncation"),
 )
+_SHELL_DEVICE = "cuda:0"  # what lm-eval's command line says where --device is left out, also without a GPU
+_NO_ANSWER = "Label index was not in"  # lm-eval's words for an answer that nobody can give
 Progress = Callable[[int, int], None]
 Tasks = dict[str, Any]  # lm-eval's TaskDict: tasks and groups by name
 
@@ -70,7 +72,8 @@ class QuantkitLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
                 known = (*_PASSED_ON, "runtime", "revision", "pretrained")
                 raise UsageError(f"the model quantkit has no argument {name!r}{nearest(name, known)}")
         if isinstance(pretrained, str):
-            pretrained, tokenizer = load_with(runtime, pretrained, revision=revision, device=device)
+            place = None if device == _SHELL_DEVICE else device
+            pretrained, tokenizer = load_with(runtime, pretrained, revision=revision, device=place)
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size, **options)
         self._progress = progress
         self._at_once = 1
@@ -142,7 +145,7 @@ def find_tasks(names: Sequence[str], *, include_path: Path | None = None, num_fe
         NetworkError: data that is neither on this machine nor within reach.
         DataError: data that is not there or not as the task file says.
     """
-    with _tidy():
+    with _tidy() as warnings:
         manager, found = _look_up(names, include_path)
         items = [item for name in found for item in _load(manager, name)]
         try:
@@ -151,6 +154,8 @@ def find_tasks(names: Sequence[str], *, include_path: Path | None = None, num_fe
             raise UsageError(f"{error}; leave one out") from error
         for name, task in tasks["tasks"].items():
             _prepare(name, task, num_fewshot)
+            if any(_NO_ANSWER in warning for warning in warnings):
+                raise DataError(f"the task {name} has a target that is none of the choices; see doc_to_target there")
     return tasks
 
 
@@ -174,6 +179,8 @@ def run(  # noqa: PLR0913
     """
     told = _aloud(progress)
     with _tidy() as warnings:
+        for task in tasks["tasks"].values():
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # every model is shown the same examples
         judged = QuantkitLM(model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bos or None, progress=told)
         try:
             found = evaluate(judged, tasks, limit=limit, bootstrap_iters=RESAMPLES)
@@ -195,10 +202,12 @@ def _tidy() -> Iterator[list[str]]:
     warnings: list[str] = []
     collector = _Collector(warnings)
     log = logging.getLogger("lm_eval")
-    before, propagate, pools = log.level, log.propagate, os.environ.get("DISABLE_MULTIPROC")
+    hub = logging.getLogger("huggingface_hub")  # tells of every retry
+    levels, propagate, pools = (log.level, hub.level), log.propagate, os.environ.get("DISABLE_MULTIPROC")
     states = random.getstate(), np.random.get_state()
     log.addHandler(collector)
     log.setLevel(logging.WARNING)
+    hub.setLevel(logging.ERROR)
     log.propagate = False
     os.environ["DISABLE_MULTIPROC"] = "1"  # for the bootstrap: a fork of this process may deadlock
     try:
@@ -211,7 +220,8 @@ def _tidy() -> Iterator[list[str]]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         log.removeHandler(collector)
-        log.setLevel(before)
+        log.setLevel(levels[0])
+        hub.setLevel(levels[1])
         log.propagate = propagate
         del os.environ["DISABLE_MULTIPROC"]
         if pools is not None:
@@ -282,7 +292,7 @@ def _load(manager: TaskManager, name: str) -> list[Any]:
 
 
 def _prepare(name: str, task: Any, num_fewshot: int | None) -> None:  # noqa: ANN401
-    """Set the examples of a task as lm-eval does, and make one prompt, so that its faults show now.
+    """Set the examples of a task as lm-eval does, and go through one document, so that its faults show now.
 
     Raises:
         UsageError: code or images would be needed.
@@ -296,12 +306,12 @@ def _prepare(name: str, task: Any, num_fewshot: int | None) -> None:  # noqa: AN
     if num_fewshot is None or own == 0:  # a task that says 0 means it
         num_fewshot = own or 0
     task.set_config(key="num_fewshot", value=num_fewshot)
-    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     try:
         task.build_all_requests(limit=1, rank=0, world_size=1)
+        if task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood"):
+            task.process_results(task.instances[0].doc, [(0.0, False)] * len(task.instances))
     except Exception as error:  # templates and functions of a task file may raise anything
-        raise DataError(f"the task {name} makes no prompt of its data: {_reason(error)}") from error
-    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # the examples were drawn once
+        raise DataError(f"the data of the task {name} is not as its task file says: {_reason(error)}") from error
 
 
 def _scores(found: Mapping[str, Any]) -> Iterator[Score]:
@@ -337,6 +347,8 @@ def _notes(warnings: Sequence[str], context: int) -> Iterator[str]:
     cut = sum("runcat" in warning for warning in warnings)
     if cut:
         yield f"{cut} prompts were longer than the model's context of {context} tokens and lost their beginning"
+    if lost := sum(_NO_ANSWER in warning for warning in warnings):
+        yield f"{lost} documents have a target that is none of their choices, and count as wrong"
 
 
 def _reason(error: BaseException) -> str:
