@@ -127,7 +127,11 @@ def test_a_damaged_library_is_named(fresh):
     compiler.library(4)
     (made,) = fresh.iterdir()
     made.write_bytes(b"no library")
-    command = "from quantkit.runtime.kernels import compiler\ntry: compiler.library(4)\nexcept compiler.CompilerError as e: print(e)"
+    command = (
+        "from quantkit.runtime.kernels import compiler\n"
+        "try: compiler.library(4)\n"
+        "except compiler.CompilerError as error: print(error)"
+    )
     environment = os.environ | {"XDG_CACHE_HOME": str(fresh.parent)}
     result = subprocess.run(
         [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True
