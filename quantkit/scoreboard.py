@@ -33,12 +33,16 @@ def counting(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
     disabled = quiet or not sys.stderr.isatty()
     with Progress(*columns, TimeElapsedColumn(), Left(), console=err, disable=disabled, transient=True) as bar:
-        task = bar.add_task("starting", total=None, count="")
 
         def tell(what: str, done: int, total: int) -> None:
-            if bar.tasks[0].description != what:
-                bar.reset(task, description=what)
-            bar.update(task, completed=done, total=total or None, count=f"{done:,} of {total:,}" if total else "")
+            if not bar.tasks or bar.tasks[0].description != what:
+                for task in bar.task_ids:
+                    bar.remove_task(task)
+                bar.add_task(what, total=None, count="")
+            count = f"{done:,} of {total:,}" if total else ""
+            bar.update(bar.task_ids[0], completed=done, total=total or None, count=count)
+
+        tell("starting", 0, 0)
 
         yield tell
 
