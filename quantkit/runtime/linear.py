@@ -166,7 +166,7 @@ def narrow_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _native(inputs: Tensor, weight: Tensor) -> bool:
-    return len(inputs) <= native.FEW and weight.device.type == "cpu" and weight.is_contiguous() and _compiled()
+    return len(inputs) <= native.DENSE_TOKENS and weight.device.type == "cpu" and weight.is_contiguous() and _compiled()
 
 
 @cache

@@ -22,6 +22,7 @@ from quantkit.model.activations import quantize_activations
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.device import pick_device
 from quantkit.model.skeleton import LINEARS, Skeleton, read_config
+from quantkit.runtime.fused import fuse
 from quantkit.runtime.kernel import Kernel
 from quantkit.runtime.linear import PackedLinear, narrow_modules
 from quantkit.runtime.reading import Reader, reader
@@ -61,7 +62,8 @@ def load(
         _place(model, place)
     else:
         _dispatch(model, device_map)
-    _quantize_activations(model, schemes, heads=OWN in quantization)
+    if not _quantize_activations(model, schemes, heads=OWN in quantization):
+        fuse(list(skeleton.blocks))
     model.eval().requires_grad_(False)
     return model
 
@@ -152,11 +154,15 @@ def _dispatch(model: PreTrainedModel, device_map: str | Mapping[str, Any]) -> No
         raise UsageError(f"the device map cannot be used: {error}") from error
 
 
-def _quantize_activations(model: PreTrainedModel, schemes: Mapping[str, QuantScheme], *, heads: bool) -> None:
-    """Quantize activations as the checkpoint says: inputs of linears, and Q, K and V in an output of quantkit."""
+def _quantize_activations(model: PreTrainedModel, schemes: Mapping[str, QuantScheme], *, heads: bool) -> bool:
+    """Quantize activations as the checkpoint says: inputs of linears, and Q, K and V in an output of quantkit.
+
+    Return whether it says so.
+    """
     kinds = {(scheme.activation_bits, scheme.activation_symmetric): scheme for scheme in schemes.values()}
     if len(kinds) > 1:
         raise ModelError("its linears quantize their inputs in different ways, which cannot be run packed")
     scheme = next(iter(schemes.values()))
     if scheme.quantizes_activations:
         quantize_activations(model, schemes, scheme, heads=heads)
+    return scheme.quantizes_activations

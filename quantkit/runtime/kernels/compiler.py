@@ -1,4 +1,4 @@
-"""Compiles `native.cpp` on first use, for the machine at hand, and keeps the library for later runs."""
+"""Compiles the C++ files beside it on first use, for the machine at hand, and keeps the library for later runs."""
 
 import ctypes
 import hashlib
@@ -9,16 +9,41 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = (Path(__file__).with_name("block.cpp"), Path(__file__).with_name("native.cpp"))  # the first includes the rest
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
 TIMEOUT = 300  # seconds; it takes about two
-_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-_WEIGHT = (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT)
-ARGUMENTS = {
-    "quantkit_linear": (*_WEIGHT, _INT, _POINTER, _LONG, _POINTER, _INT),
-    "quantkit_dequantize": (*_WEIGHT, _LONG, _LONG, _POINTER, _INT, _INT),
-    "quantkit_dense": (_POINTER, _LONG, _LONG, _INT, _POINTER, _LONG, _POINTER, _INT),
+_POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
+
+
+class Weight(ctypes.Structure):
+    """A packed weight as `native.cpp` has it: three addresses and three sizes, and whether scales are float16."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("codes", "scale", "zero")),
+        *((name, _LONG) for name in ("out", "width", "groups", "half")),
+    )
+
+
+class Block(ctypes.Structure):
+    """What `block.cpp` needs to know of a block: addresses of weights, biases and norms, sizes, and two numbers."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, _POINTER) for name in ("qkv_bias", "o_bias", "gate_up_bias", "down_bias")),
+        *((name, _POINTER) for name in ("norm_before", "norm_after")),
+        *((name, _LONG) for name in ("width", "heads", "key_heads", "size", "inner")),
+        *((name, ctypes.c_double) for name in ("epsilon", "scaling")),
+    )
+
+
+_FUNCTIONS = {
+    "quantkit_linear": (_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG),
+    "quantkit_dequantize": (_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG),
+    "quantkit_dense": (_POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG),
+    "quantkit_multiplies_bytes": (),
+    "quantkit_block_inputs": (*[_POINTER] * 5, _LONG),
+    "quantkit_block_outputs": (*[_POINTER] * 5, _LONG, _POINTER, _LONG),
 }
 
 
@@ -42,9 +67,9 @@ def library(bits: int) -> ctypes.CDLL:
         functions = ctypes.CDLL(str(path))
     except OSError as error:
         raise CompilerError(f"{path} cannot be loaded ({error}); delete it") from error
-    for name, arguments in ARGUMENTS.items():
+    for name, arguments in _FUNCTIONS.items():
         function = getattr(functions, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes = arguments
     return functions
 
 
@@ -77,7 +102,13 @@ def _target() -> str:
 
 def _fingerprint(compiler: str) -> str:
     """Return a name for this source, compiler and processor: a home may be shared by different machines."""
-    parts = [SOURCE.read_text(encoding="utf-8"), *FLAGS, _target(), platform.machine(), _processor()]
+    parts = [
+        *(source.read_text(encoding="utf-8") for source in SOURCES),
+        *FLAGS,
+        _target(),
+        platform.machine(),
+        _processor(),
+    ]
     parts.append(_run([compiler, "--version"]).stdout)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -94,14 +125,14 @@ def _processor() -> str:
 def _compile(compiler: str, bits: int, path: Path) -> None:
     """Compile to `path`, which appears whole or not at all; without OpenMP where the compiler has none."""
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    command = [compiler, *FLAGS, _target(), f"-DBITS={bits}", str(SOURCE), "-o", str(partial)]
+    command = [compiler, *FLAGS, _target(), f"-DBITS={bits}", str(SOURCES[0]), "-o", str(partial)]
     result = _run([*command, "-fopenmp"])
     if result.returncode:
         result = _run(command)
     if result.returncode:
         partial.unlink(missing_ok=True)
         said = (result.stderr.strip().splitlines() or ["no reason given"])[0]
-        raise CompilerError(f"{compiler} cannot compile {SOURCE.name} ({said})")
+        raise CompilerError(f"{compiler} cannot compile {SOURCES[0].name} ({said})")
     partial.replace(path)
 
 

@@ -6,7 +6,9 @@ by arithmetic: there a part of the weight at a time is made dense and multiplied
 `native.cpp` has the layout of the packed tensors.
 """
 
+import math
 from collections.abc import Mapping
+from ctypes import Array, byref
 
 import torch
 from torch import Tensor
@@ -14,13 +16,13 @@ from torch.nn.functional import pad
 
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.runtime.kernel import Layout
-from quantkit.runtime.kernels.compiler import CompilerError, library
+from quantkit.runtime.kernels.compiler import CompilerError, Weight, library
 
 LANES, CHUNK = 16, 32  # rows of a panel, columns of a chunk
 STEP = 8  # a group is whole steps
-FEW = 12  # tokens up to which decoding in registers is faster than dense parts; measured, see docs/inference.md
 ANY_BITS = 4  # of the library from which `dense_linear` is taken, in which codes play no part
-DENSE_BYTES = 2**21  # of a dense part: it should stay in the cache until it was multiplied
+DENSE_TOKENS = 12  # more of them are faster through dense parts of a weight of 16 bits
+DENSE_BYTES = 2**20  # of a dense part: it should stay in the cache until it was multiplied
 
 
 def planes(bits: int) -> list[int]:
@@ -73,21 +75,13 @@ class Native:
 
     def linear(self, inputs: Tensor, packed: Mapping[str, Tensor], layout: Layout) -> Tensor:
         """See `Kernel.linear`."""
-        if len(inputs) > FEW:
+        if len(inputs) > _few(inputs.dtype, layout):
             return _through_dense(inputs, packed, layout)
         wide = inputs.float()
         if layout.width % CHUNK:
             wide = pad(wide, (0, -layout.width % CHUNK))
-        result = torch.empty(len(inputs), layout.out)
-        library(layout.scheme.bits).quantkit_linear(
-            *_arguments(packed, layout),
-            STEP if layout.groups > 1 and layout.group_size % CHUNK else CHUNK,
-            wide.data_ptr(),
-            len(inputs),
-            result.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return result.to(inputs.dtype)
+        weights = (Weight * 1)(weight_at(packed, layout))
+        return products(wide, weights, layout.out, layout).to(inputs.dtype)
 
 
 KERNEL = Native()
@@ -108,18 +102,47 @@ def dense_linear(inputs: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
-def _arguments(packed: Mapping[str, Tensor], layout: Layout) -> tuple[int | None, ...]:
-    """Return the first arguments of every function: what is packed, and its sizes."""
+def weight_at(packed: Mapping[str, Tensor], layout: Layout) -> Weight:
+    """Return what `packed` is to the compiled functions; its tensors have to outlive it."""
     scale, zero = packed["scale"], packed.get("zero")
     pointers = packed["codes"].data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
-    return *pointers, layout.out, layout.width, layout.groups, scale.dtype == torch.float16
+    return Weight(*pointers, layout.out, layout.width, layout.groups, scale.dtype == torch.float16)
+
+
+def products(inputs: Tensor, weights: "Array[Weight]", out: int, layout: Layout) -> Tensor:
+    """Return `inputs` times several transposed weights, side by side: float32 (tokens, out).
+
+    Args:
+        inputs: float32 (tokens, columns), contiguous; as many columns as whole chunks have.
+        weights: of one width, scheme and group size.
+        out: sum of their output features.
+        layout: of any of them.
+    """
+    tokens = len(inputs)
+    result = torch.empty(tokens, out)
+    step, threads = _step(layout), torch.get_num_threads()
+    library(layout.scheme.bits).quantkit_linear(
+        weights, len(weights), step, inputs.data_ptr(), tokens, result.data_ptr(), threads
+    )
+    return result
+
+
+def _step(layout: Layout) -> int:
+    return STEP if layout.groups > 1 and layout.group_size % CHUNK else CHUNK
+
+
+def _few(dtype: torch.dtype, layout: Layout) -> float:
+    """Return up to how many tokens decoding in registers is faster than dense parts; see docs/inference.md."""
+    if _step(layout) != CHUNK or not library(layout.scheme.bits).quantkit_multiplies_bytes():
+        return 12
+    return 64 if dtype == torch.bfloat16 else math.inf
 
 
 def _through_dense(inputs: Tensor, packed: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """Multiply by some rows at a time, made dense and transposed in a buffer that stays in the cache."""
     narrow = inputs.dtype == torch.bfloat16
     inputs = inputs if narrow else inputs.float()
-    panels = len(packed["codes"])
+    weight, panels = byref(weight_at(packed, layout)), len(packed["codes"])
     at_once = min(panels, max(1, DENSE_BYTES // (LANES * layout.width * inputs.element_size())))
     dense = inputs.new_empty(at_once * LANES * layout.width)
     result = inputs.new_empty(len(inputs), panels * LANES)
@@ -127,7 +150,7 @@ def _through_dense(inputs: Tensor, packed: Mapping[str, Tensor], layout: Layout)
         last = min(first + at_once, panels)
         part = dense[: (last - first) * LANES * layout.width].view(layout.width, -1)
         library(layout.scheme.bits).quantkit_dequantize(
-            *_arguments(packed, layout), first, last, part.data_ptr(), narrow, torch.get_num_threads()
+            weight, first, last, part.data_ptr(), narrow, torch.get_num_threads()
         )
         torch.mm(inputs, part, out=result[:, first * LANES : last * LANES])
     return result[:, : layout.out].contiguous()
@@ -143,10 +166,10 @@ def _pack_rows(codes: Tensor, bits: int, offset: int) -> Tensor:
     words, above = [], bits
     for plane in planes(bits):
         above -= plane
-        part = (chunks >> above) & ((1 << plane) - 1)
-        shifts = torch.arange(0, 32, plane, dtype=torch.int32, device=codes.device).view(-1, 1)
+        # panel, chunk, word, quad of the word, byte, lane
+        part = ((chunks >> above) & ((1 << plane) - 1)).view(*chunks.shape[:2], plane, 8 // plane, 4, LANES)
         # bits do not overlap, so the sum is their union; int32 may wrap into its sign, which is a bit like others
-        words.append((part.unflatten(2, (plane, 32 // plane)) << shifts).sum(3, dtype=torch.int32))
+        words.append((part << _shifts(plane, codes.device)).sum((3, 4), dtype=torch.int32))
     return torch.cat(words, dim=2)
 
 
@@ -155,12 +178,17 @@ def _unpack_panels(words: Tensor, bits: int, offset: int) -> Tensor:
     codes, first, above = words.new_zeros(()), 0, bits
     for plane in planes(bits):
         above -= plane
-        shifts = torch.arange(0, 32, plane, dtype=torch.int32, device=words.device).view(-1, 1)
-        part = (words[:, :, first : first + plane].unsqueeze(3) >> shifts) & ((1 << plane) - 1)
-        codes = codes | part.flatten(2, 3) << above
+        part = words[:, :, first : first + plane, None, None] >> _shifts(plane, words.device)
+        codes = codes | (part & ((1 << plane) - 1)).flatten(2, 4) << above
         first += plane
     rows = codes.permute(0, 3, 1, 2).reshape(len(words) * LANES, -1)
     return (rows - offset).to(torch.int8)
+
+
+def _shifts(plane: int, device: torch.device) -> Tensor:
+    """Return where the codes of each quad and column lie in a word: int32 (quads, 4, 1)."""
+    quads = torch.arange(0, 8, plane, dtype=torch.int32, device=device).view(-1, 1, 1)
+    return quads + torch.arange(0, 32, 8, dtype=torch.int32, device=device).view(4, 1)
 
 
 def _panels(values: Tensor) -> Tensor:
