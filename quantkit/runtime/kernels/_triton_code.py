@@ -32,13 +32,13 @@ def _moved(word, left: tl.constexpr):
 
 @triton.jit
 def _load(first, second, third, where, planes: tl.constexpr):
-    word = tl.load(first + where)
+    word = tl.load(first + where, eviction_policy="evict_first")
     other = word
     last = word
     if planes > 1:
-        other = tl.load(second + where).to(tl.int32)
+        other = tl.load(second + where, eviction_policy="evict_first").to(tl.int32)
     if planes > 2:
-        last = tl.load(third + where).to(tl.int32)
+        last = tl.load(third + where, eviction_policy="evict_first").to(tl.int32)
     return word, other, last
 
 
