@@ -150,7 +150,7 @@ def generate(
                 seed=seed,
                 device=device,
                 revision=revision,
-                runtime=runtime or api.DEFAULT_RUNTIME,
+                runtime=runtime or "packed",
             )
         display.generated(prompt, text, as_json=as_json)
 

@@ -12,6 +12,7 @@ import torch
 from packed import layout_of, random_weight, scheme
 
 import quantkit
+from quantkit.errors import QuantkitWarning
 from quantkit.runtime import linear
 from quantkit.runtime.kernels import compiler, native, reference
 from quantkit.runtime.kernels.compiler import CompilerError
@@ -93,7 +94,7 @@ def test_without_openmp_one_thread_computes(fresh, tmp_path, monkeypatch):
 def test_without_a_compiler_torch_computes_and_says_why(fresh, tmp_path, monkeypatch, script, reason):
     monkeypatch.setenv("CXX", fake_compiler(tmp_path / "broken", script) if script else "no-such-compiler")
     weight = random_weight(40, 64, scheme(4, 32))
-    with pytest.warns(RuntimeWarning, match=reason):
+    with pytest.warns(QuantkitWarning, match=reason):
         module = linear.PackedLinear(weight)
     assert module.kernel is reference.KERNEL
     inputs = torch.randn(2, 64)
@@ -109,7 +110,7 @@ def test_a_model_without_a_compiler(fresh, monkeypatch, tiny_rtn_w4):
         linear._compiled.cache_clear()
         compiler.library.cache_clear()
         monkeypatch.setenv("CXX", "no-such-compiler")
-        with pytest.warns(RuntimeWarning, match="torch alone"):
+        with pytest.warns(QuantkitWarning, match="torch alone"):
             model = quantkit.load(tiny_rtn_w4, device="cpu")
         assert (model(tokens).logits - expected).abs().max() < 1e-3 * expected.std()
 
