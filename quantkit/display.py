@@ -4,10 +4,7 @@ Progress goes to stderr and only to a terminal; results go to stdout.
 """
 
 import json
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -37,13 +34,9 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def quiet_libraries() -> None:
-    """Keep advisory messages of libraries off the terminal; their errors reach the user as ours."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.simplefilter("ignore")
-    logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
+def warned(message: str) -> None:
+    """Show what works, but not as well as it could, on one line beside the output."""
+    _say(err, f"[bold yellow]warning:[/] {escape(message)}")
 
 
 def failed(message: str, code: int, *, as_json: bool) -> None:

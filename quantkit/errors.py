@@ -58,6 +58,10 @@ class CheckFailure(QuantkitError):
     exit_code = 7
 
 
+class QuantkitWarning(UserWarning):
+    """Something works, but not as well as it could; the command line shows it as one line."""
+
+
 def nearest(name: str, known: Iterable[str], *, otherwise: str | None = None) -> str:
     """Return ' (did you mean a, b?)' with the names nearest to `name`; if none is near, `otherwise` or all names."""
     names = sorted(set(known))

@@ -9,7 +9,7 @@ from quantkit import display, scoreboard
 from quantkit.errors import UsageError
 from quantkit.failures import errors
 from quantkit.flags import Device, Json, Model, Revision, Runtime
-from quantkit.runtime import DEFAULT_RUNTIME
+from quantkit.runtime import DEFAULT_RUNTIME, GENERATE_RUNTIME
 
 TEXT, SEQLEN = "wikitext2-test", 1024
 
@@ -134,7 +134,7 @@ def generate(
     tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher samples.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    runtime: Runtime = DEFAULT_RUNTIME,
+    runtime: Runtime = GENERATE_RUNTIME,
     device: Device = None,
     revision: Revision = None,
     as_json: Json = False,

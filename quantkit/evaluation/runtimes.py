@@ -32,6 +32,7 @@ def load_with(
     if runtime == "packed":
         directory = names.resolve(str(model), revision=revision).path
         if getattr(read_config(directory), "quantization_config", None) is not None:
+            loaded = packed_model.load(directory, device=device)  # its warning of a slow kernel is for the user
             with quiet():
-                return packed_model.load(directory, device=device), load_tokenizer(directory)
+                return loaded, load_tokenizer(directory)
     return load_model(model, revision=revision, device=device)

@@ -1,20 +1,16 @@
 """What is written as GGUF is the same weights to the `gguf` package, and the same model to transformers."""
 
-import copy
 import dataclasses
 import errno
-import json
-import shutil
 
 import pytest
 import torch
-from families import FAMILIES, edit_tensors, save_tiny
+from families import edit_tensors
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
-from safetensors.torch import save_file
+from gguf_models import LINEARS, TINY, edit, exported_family, pack_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-import quantkit
 from quantkit.core.affine import round_to_nearest
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import ModelError, OutputError, UsageError
@@ -23,46 +19,16 @@ from quantkit.exporters._gguf_model import read_model, rope_factors
 from quantkit.exporters.compressed_tensors import CompressedTensors
 from quantkit.exporters.gguf import TYPES, Gguf
 from quantkit.model.checkpoint import Checkpoint
-from quantkit.resources import data_dir
 
-TINY = data_dir("model_zoo") / "tiny"
 SCHEMES = {text: QuantScheme.parse(text) for text in ("w4g32", "w4g32s", "w8g32s", "w5g64", "w5g32s", "w4g64s", "w8s")}
 EVERY = pytest.mark.parametrize("text", SCHEMES)
 SYMMETRIC = pytest.mark.parametrize("text", [text for text in SCHEMES if SCHEMES[text].symmetric])
 ASYMMETRIC = pytest.mark.parametrize("text", [text for text in SCHEMES if not SCHEMES[text].symmetric])
 TOKENS = torch.randint(3, 1024, (2, 24), generator=torch.Generator().manual_seed(5))
 FLOAT32 = 2.0**-19  # of a step: what the reader's sum of two products loses
-PLACES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-LINEARS = {
-    f"model.layers.{block}.{site}": f"blk.{block}.{place}.weight"
-    for block in range(5)
-    for site, place in PLACES.items()
-}
 EMBEDDING = "model.embed_tokens.weight"
 LLAMA31 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0, "original_max_position_embeddings": 64}
-
-
-def pack(directory, scheme_of):
-    """Write the embedded model with `scheme_of(site)` for each linear."""
-    shutil.copytree(TINY, directory)
-    checkpoint = Checkpoint(directory)
-    tensors, schemes = checkpoint.load(checkpoint), {}
-    for site in LINEARS:
-        schemes[site] = QuantScheme.parse(scheme_of(site))
-        weight = round_to_nearest(tensors.pop(f"{site}.weight").float(), schemes[site], torch.bfloat16)
-        tensors |= {f"{site}.{end}": part for end, part in CompressedTensors().encode(weight).items()}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    edit(directory, quantization_config=CompressedTensors().config(schemes, ["Linear"], ["lm_head"]))
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +36,14 @@ def outputs(tmp_path_factory):
     """The embedded model in every scheme, packed, with a GGUF file beside it."""
     directory = tmp_path_factory.mktemp("gguf")
     for text in SCHEMES:
-        Gguf().export(pack(directory / text, lambda _, text=text: text), directory / text / "gguf")
+        Gguf().export(pack_tiny(directory / text, lambda _, text=text: text), directory / text / "gguf")
     return directory
 
 
 @pytest.fixture
 def packed(tmp_path):
     """The embedded model in 4 bits, packed, that a test may damage."""
-    return pack(tmp_path / "packed", lambda _: "w4g32")
-
-
-def edit(directory, name="config.json", **entries):
-    path = directory / name
-    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    return pack_tiny(tmp_path / "packed", lambda _: "w4g32")
 
 
 def read(directory):
@@ -186,10 +147,11 @@ def test_the_keys_describe_the_model(outputs):
         "tokenizer.ggml.eos_token_id": 1,
         "tokenizer.ggml.add_bos_token": True,
     }
-    assert {name: key(outputs / "w4g32", name) for name in expected} == expected
-    assert key(outputs / "w4g32", "llama.attention.layer_norm_rms_epsilon") == pytest.approx(1e-6)
-    assert len(key(outputs / "w4g32", "tokenizer.ggml.tokens")) == 1024
-    assert key(outputs / "w4g32", "tokenizer.ggml.token_type")[:4] == [3, 3, 3, 1]  # control, then normal
+    found = GGUFReader(outputs / "w4g32" / "gguf" / gguf.FILE).fields
+    assert {name: found[name].contents() for name in expected} == expected
+    assert found["llama.attention.layer_norm_rms_epsilon"].contents() == pytest.approx(1e-6)
+    assert len(found["tokenizer.ggml.tokens"].contents()) == 1024
+    assert found["tokenizer.ggml.token_type"].contents()[:4] == [3, 3, 3, 1]  # control, then normal
 
 
 @SYMMETRIC
@@ -212,36 +174,22 @@ def test_the_tokenizer_is_the_same(outputs):
     assert theirs(text, add_special_tokens=False).input_ids == ours(text, add_special_tokens=False).input_ids
 
 
-def family(name, directory, **changes):
-    """Write a tiny model of a family with the embedded model's tokenizer, quantize and export it."""
-    config = copy.deepcopy(FAMILIES[name])
-    for entry, value in {"vocab_size": 1024, **changes}.items():
-        setattr(config, entry, value)
-    save_tiny(name, directory / "dense", config=config)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY / file, directory / "dense")
-    settings = {"method": "rtn", "wbits": 8, "group_size": 32, "symmetric": True, "samples": 1, "seqlen": 8}
-    output = quantkit.quantize(directory / "dense", output=directory / "out", device="cpu", **settings).output
-    Gguf().export(output, output / "gguf")
-    return output
-
-
 # transformers' reader takes the default of 128 for the heads of a Qwen3
 @pytest.mark.parametrize(
     ("name", "changes"), [("llama", {}), ("mistral", {}), ("qwen2", {}), ("qwen3", {"head_dim": 128})]
 )
 def test_every_family_computes_the_same(name, changes, tmp_path):
-    output = family(name, tmp_path, **changes)
+    output = exported_family(name, tmp_path, **changes)
     expected, found = logits(output, torch.float32)[:, :8], logits_of_gguf(output)[:, :8]
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * expected.abs().max().item())
 
 
 def test_a_window_that_slides_ends_the_context(tmp_path):
-    assert key(family("mistral", tmp_path), "llama.context_length") == 8
+    assert key(exported_family("mistral", tmp_path), "llama.context_length") == 8
 
 
 def test_schemes_may_differ_between_linears(tmp_path):
-    packed = pack(tmp_path / "packed", lambda site: "w8g32s" if "mlp" in site else "w4g64s")
+    packed = pack_tiny(tmp_path / "packed", lambda site: "w8g32s" if "mlp" in site else "w4g64s")
     Gguf().export(packed, packed / "gguf")
     stored = read(packed)
     assert {stored[place][0] for site, place in LINEARS.items() if "mlp" in site} == {"Q8_0"}
@@ -294,7 +242,7 @@ def test_schemes_without_a_type_are_refused_with_the_nearest(text, nearest):
 
 
 def test_a_row_that_blocks_do_not_fill_is_refused(tmp_path):
-    packed = pack(tmp_path / "packed", lambda _: "w4")
+    packed = pack_tiny(tmp_path / "packed", lambda _: "w4")
     weight = round_to_nearest(torch.randn(256, 128 + 16), QuantScheme(), torch.bfloat16)
     site = "model.layers.0.self_attn.q_proj"
     parts = {f"{site}.{end}": part for end, part in CompressedTensors().encode(weight).items()}
