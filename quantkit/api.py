@@ -17,17 +17,16 @@ from quantkit.evaluation.check import CheckResult, check
 from quantkit.evaluation.divergence import Divergence, divergence
 from quantkit.evaluation.loading import Model, Tokenizer, context_length
 from quantkit.evaluation.perplexity import Perplexity, perplexity
-from quantkit.evaluation.runtimes import DEFAULT_RUNTIME, load_with, refuse_unknown_runtime
+from quantkit.evaluation.runtimes import load_with, refuse_unknown_runtime
 from quantkit.evaluation.scores import TaskScores
 from quantkit.evaluation.vocabulary import refuse_other_tokens
 from quantkit.model import names
 from quantkit.pipeline import Progress, execute, prepare
 from quantkit.planning import Plan
 from quantkit.recipe import Recipe, from_defaults
-from quantkit.runtime import packed_model
+from quantkit.runtime import DEFAULT_RUNTIME, GENERATE_RUNTIME, packed_model
 
 __all__ = [
-    "DEFAULT_RUNTIME",
     "CheckResult",
     "Comparison",
     "Exported",
@@ -324,7 +323,7 @@ def generate(  # noqa: PLR0913
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
-    runtime: str = "packed",
+    runtime: str = GENERATE_RUNTIME,
     device: str | None = None,
     revision: str | None = None,
 ) -> str:

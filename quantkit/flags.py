@@ -11,6 +11,6 @@ Revision = Annotated[str | None, typer.Option(help="Revision on the Hub: a commi
 Model = Annotated[str, typer.Argument(help="A directory, a Hub id (org/name), or an alias: quantkit list models.")]
 Output = Annotated[Path, typer.Argument(help="A directory that `quantkit quantize` wrote.")]
 Runtime = Annotated[
-    str | None,
+    str,
     typer.Option(help="dense unpacks the weights, as transformers does; packed computes with them packed."),
 ]

@@ -9,6 +9,7 @@ from quantkit import display, scoreboard
 from quantkit.errors import UsageError
 from quantkit.failures import errors
 from quantkit.flags import Device, Json, Model, Revision, Runtime
+from quantkit.runtime import DEFAULT_RUNTIME, GENERATE_RUNTIME
 
 TEXT, SEQLEN = "wikitext2-test", 1024
 
@@ -51,7 +52,7 @@ def evaluate(
     batch_size: BatchSize = None,
     include_path: IncludePath = None,
     bos: Bos = False,
-    runtime: Runtime = None,
+    runtime: Runtime = DEFAULT_RUNTIME,
     device: Device = None,
     revision: Revision = None,
     output: File = None,
@@ -72,15 +73,16 @@ def evaluate(
         scoreboard.refuse_output(output)
         from quantkit import api
 
-        how: dict[str, Any] = {"against": against, "bos": bos, "device": device, "revision": revision}
-        how["runtime"] = runtime or api.DEFAULT_RUNTIME
-        shown: dict[str, Any] = {"runtime": how["runtime"], "as_json": as_json, "output": output}
+        how: dict[str, Any] = {"against": against, "bos": bos, "runtime": runtime, "device": device}
+        shown: dict[str, Any] = {"runtime": runtime, "as_json": as_json, "output": output}
         with scoreboard.counting(quiet=as_json) as tell:
             if named:
-                scores = api.evaluate_tasks(model, named, **of_tasks, **how, progress=tell)
+                scores = api.evaluate_tasks(model, named, **of_tasks, **how, revision=revision, progress=tell)
             else:
                 where = _where(text, seqlen, windows)
-                measured = api.evaluate(model, **where, **how, progress=lambda *count: tell("evaluating", *count))
+                measured = api.evaluate(
+                    model, **where, **how, revision=revision, progress=lambda *count: tell("evaluating", *count)
+                )
         if named:
             scoreboard.scored(model, against, scores, _said(of_tasks), **shown)
         else:
@@ -102,7 +104,7 @@ def compare(
     batch_size: BatchSize = None,
     include_path: IncludePath = None,
     bos: Bos = False,
-    runtime: Runtime = None,
+    runtime: Runtime = DEFAULT_RUNTIME,
     device: Device = None,
     revision: Revision = None,
     output: File = None,
@@ -117,7 +119,7 @@ def compare(
         scoreboard.refuse_output(output)
         from quantkit import api
 
-        how: dict[str, Any] = {**_where(text, seqlen, windows), "bos": bos, "runtime": runtime or api.DEFAULT_RUNTIME}
+        how: dict[str, Any] = {**_where(text, seqlen, windows), "bos": bos, "runtime": runtime}
         with scoreboard.counting(quiet=as_json) as tell:
             result = api.compare(
                 model, reference, **how, tasks=named, **of_tasks, device=device, revision=revision, progress=tell
@@ -132,7 +134,7 @@ def generate(
     tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher samples.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    runtime: Runtime = None,
+    runtime: Runtime = GENERATE_RUNTIME,
     device: Device = None,
     revision: Revision = None,
     as_json: Json = False,
@@ -150,7 +152,7 @@ def generate(
                 seed=seed,
                 device=device,
                 revision=revision,
-                runtime=runtime or "packed",
+                runtime=runtime,
             )
         display.generated(prompt, text, as_json=as_json)
 

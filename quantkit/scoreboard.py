@@ -221,7 +221,9 @@ def _value(score: "Score") -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
+    if abs(value) < 100:  # most metrics are shares
+        return f"{value:.4f}"
+    return f"{value:.1f}" if abs(value) < 1e5 else f"{value:.4g}"
 
 
 def _last_part(model: str) -> str:

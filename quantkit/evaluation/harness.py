@@ -30,8 +30,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from quantkit.errors import DataError, NetworkError, UsageError, nearest
 from quantkit.evaluation.loading import Model, Tokenizer, quiet
 from quantkit.evaluation.perplexity import BATCH_TOKENS
-from quantkit.evaluation.runtimes import DEFAULT_RUNTIME, load_with
+from quantkit.evaluation.runtimes import load_with
 from quantkit.evaluation.scores import Score, TaskScores
+from quantkit.runtime import DEFAULT_RUNTIME
 
 RESAMPLES = 1000
 GENERATED_AT_ONCE = 8  # texts on a CPU, where a step reads all weights however many texts it extends
@@ -248,6 +249,8 @@ def _look_up(names: Sequence[str], include_path: Path | None) -> tuple[TaskManag
     found: list[str] = []
     for name in names:
         matches = manager.match_tasks([name])
+        if name.endswith(".yaml"):
+            raise UsageError(f"{name} is a file; name its folder with --include-path, and the task as the file does")
         if not matches:
             known = nearest(name, manager.all_tasks, otherwise="; `quantkit lm-eval ls tasks` lists all")
             where = f"; {next(iter(broken))} cannot be read: {next(iter(broken.values()))}" if broken else ""

@@ -7,10 +7,7 @@ from quantkit.errors import UsageError, nearest
 from quantkit.evaluation.loading import Model, Tokenizer, load_model, quiet
 from quantkit.model import names
 from quantkit.model.skeleton import read_config
-from quantkit.runtime import packed_model
-
-RUNTIMES = ("packed", "dense")
-DEFAULT_RUNTIME = "dense"
+from quantkit.runtime import RUNTIMES, packed_model
 
 
 def refuse_unknown_runtime(runtime: str) -> None:

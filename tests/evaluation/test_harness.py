@@ -192,6 +192,11 @@ def test_an_unknown_task_is_answered_with_the_nearest(folder, quick_index):
         harness.find_tasks(["xyzzy"], include_path=folder)
 
 
+def test_a_task_file_is_no_name(folder, quick_index):
+    with pytest.raises(UsageError, match=r"pick\.yaml is a file; name its folder with --include-path"):
+        harness.find_tasks([str(folder / "pick.yaml")], include_path=folder)
+
+
 def test_a_glob_names_several(tiny, folder, quick_index):
     found, _ = scores(tiny, folder, "co*", limit=2)
     assert {task for task, _ in found} == {"complete", "continue"}
