@@ -68,7 +68,9 @@ def test_the_wheel_holds_code_and_facts_and_nothing_else(archives):
     assert {"quantkit/cli.py", "quantkit/runtime/kernels/native.cpp", "quantkit/runtime/kernels/block.cpp"} <= names
     about = {name for name in names if ".dist-info/" in name}
     assert any(name.endswith("/licenses/LICENSE") for name in about)
-    assert [name for name in names - facts - about if not re.fullmatch(r"quantkit/.*(\.py|\.cpp|/py\.typed)", name)] == []
+    assert [
+        name for name in names - facts - about if not re.fullmatch(r"quantkit/.*(\.py|\.cpp|/py\.typed)", name)
+    ] == []
 
 
 def test_the_source_distribution_holds_what_the_wheel_is_built_from(archives):
