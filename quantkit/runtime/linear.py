@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantkit.core.qtensor import QuantizedTensor
-from quantkit.errors import QuantkitWarning
+from quantkit.errors import QuantkitWarning, UsageError
 from quantkit.runtime.kernel import Kernel, Layout
 from quantkit.runtime.kernels import native, reference
 from quantkit.runtime.kernels.compiler import CompilerError, library
@@ -72,7 +72,12 @@ class PackedLinear(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return inputs (…, in) times the weight, plus the bias: (…, out)."""
+        """Return inputs (…, in) times the weight, plus the bias: (…, out).
+
+        Raises:
+            UsageError: inputs of another width or on another device, or that want a gradient.
+        """
+        self._refuse_unfit(inputs)
         flat = inputs.reshape(-1, self.in_features)
         if self.order is not None:
             flat = flat.index_select(1, self.order)
@@ -95,6 +100,19 @@ class PackedLinear(nn.Module):
         kernel = type(self.kernel).__name__.lower()
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.layout.scheme}, {kernel}"
 
+    def _refuse_unfit(self, inputs: Tensor) -> None:
+        # the compiled functions are given addresses, and would read whatever is there
+        if inputs.shape[-1] != self.in_features:
+            raise UsageError(f"a packed linear has {self.in_features} input features, not {inputs.shape[-1]}")
+        if inputs.device != (place := self._place()):
+            raise UsageError(f"inputs are on {inputs.device} but the packed weight is on {place}; move one of them")
+        if inputs.requires_grad and torch.is_grad_enabled():
+            raise UsageError("packed weights are for inference: no gradient passes them; use torch.no_grad()")
+
+    def _place(self) -> torch.device:
+        device: torch.device = self._buffers[self._names[0]].device  # type: ignore[union-attr]
+        return device
+
     def _hold(self, weight: QuantizedTensor) -> None:
         packed = self.kernel.pack(weight)
         self._names = tuple(packed)
@@ -103,12 +121,12 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move as modules do, but keep the dtypes of what is packed; each kind of device has its own kernel."""
-        before = self.packed
+        before, left = self.packed, self._place()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = self.packed[self._names[0]].device
+        device = self._place()
         for name, tensor in before.items():
             self._buffers[name] = tensor.to(device)
-        if self.kernel is not reference.KERNEL and device.type != before[self._names[0]].device.type:
+        if self.kernel is not reference.KERNEL and device.type != left.type:
             weight = self.unpack()
             for name in self._names:
                 del self._buffers[name]
@@ -167,7 +185,8 @@ def narrow_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _native(inputs: Tensor, weight: Tensor) -> bool:
-    return len(inputs) <= native.DENSE_TOKENS and weight.device.type == "cpu" and weight.is_contiguous() and _compiled()
+    on_cpu = inputs.device.type == weight.device.type == "cpu"
+    return on_cpu and len(inputs) <= native.DENSE_TOKENS and weight.is_contiguous() and _compiled()
 
 
 @cache

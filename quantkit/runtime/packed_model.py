@@ -58,6 +58,7 @@ def load(
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.name_or_path = str(directory)
+    model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
     if device_map is None:
         _place(model, place)
     else:
@@ -66,6 +67,10 @@ def load(
         fuse(list(skeleton.blocks))
     model.eval().requires_grad_(False)
     return model
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:  # noqa: ANN401
+    raise UsageError("a packed model is not saved again; copy the checkpoint's directory, or use quantkit export")
 
 
 def _put_packed_linears(

@@ -8,6 +8,7 @@ import torch
 from packed import exact, random_weight, scheme
 from torch import nn
 
+from quantkit.errors import UsageError
 from quantkit.runtime.kernels import native, reference
 from quantkit.runtime.linear import HalfEmbedding, HalfLinear, PackedLinear, narrow_modules
 
@@ -43,6 +44,18 @@ def test_a_weight_stored_by_input_features():
     assert (module.in_features, module.out_features) == (64, 32)
     inputs = torch.randn(2, 64, generator=GENERATOR)
     torch.testing.assert_close(module(inputs).double(), inputs.double() @ exact(weight) + 1, rtol=1e-5, atol=1e-4)
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    module = PackedLinear(random_weight(16, 64, scheme(4, 32)))
+    with pytest.raises(UsageError, match="64 input features, not 32"):
+        module(torch.zeros(2, 32))
+    with pytest.raises(UsageError, match="inputs are on meta but the packed weight is on cpu"):
+        module(torch.zeros(2, 64, device="meta"))
+    with pytest.raises(UsageError, match="no gradient passes"):
+        module(torch.zeros(2, 64, requires_grad=True))
+    with torch.no_grad():
+        assert module(torch.zeros(2, 64, requires_grad=True)).shape == (2, 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float32])

@@ -301,6 +301,12 @@ def test_devices_that_do_not_exist(tiny_rtn_w4):
         quantkit.load(tiny_rtn_w4, device_map={"model": "cpu"})
 
 
+def test_it_is_not_saved_again(tiny_rtn_w4, tmp_path):
+    with pytest.raises(UsageError, match="copy the checkpoint's directory"):
+        quantkit.load(tiny_rtn_w4, device="cpu").save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 def test_no_code_of_a_checkpoint_is_run(copy_of_tiny):
     config = json.loads((copy_of_tiny / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
