@@ -1,5 +1,6 @@
 """What can be learned about a block: clipping, rounding and values of its weights, and its equivalent transforms."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -51,10 +52,15 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def clip_to(self, low: Float[Tensor, "out groups"], high: Float[Tensor, "out groups"]) -> None:
-        """Let the clipping start at these bounds, a share of the smallest and largest weight each."""
+        """Let the clipping start at these bounds, a share of the smallest and largest weight each.
+
+        A sigmoid has no logit for the whole range, so the nearest start is within half a step of it: with many bits the
+        step is small, and the usual 1.8 % of the range would be several of them.
+        """
+        widest = max(INITIAL_LOGIT, math.log(2 * self.scheme.levels - 1))  # sigmoid: 1 - 1 / (2 levels)
         for logit, bound, extreme in ((self.gamma, high, self.high), (self.beta, low, self.low)):
             share = torch.where(extreme == 0, 1.0, bound / extreme)
-            logit.copy_(share.logit().clamp(-INITIAL_LOGIT, INITIAL_LOGIT))
+            logit.copy_(share.logit().clamp(-INITIAL_LOGIT, widest))
 
     def bounds(
         self, weight: Float[Tensor, "out in"] | None = None
