@@ -127,6 +127,7 @@ def test_a_cache_that_others_can_write_is_not_used(fresh):
 def test_a_damaged_library_is_named(fresh):
     compiler.library(4)
     (made,) = fresh.iterdir()
+    made.unlink()  # it is mapped into this process, which would not survive another content
     made.write_bytes(b"no library")
     command = (
         "from quantkit.runtime.kernels import compiler\n"
