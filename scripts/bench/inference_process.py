@@ -157,8 +157,8 @@ def rates(model: Model, args: argparse.Namespace) -> dict[str, float]:
     return best
 
 
-def main() -> None:
-    """Measure and print."""
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("ours", "bfloat16", "float32", "llama.cpp"))
     parser.add_argument("path", type=Path)
@@ -167,7 +167,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="tokens that are decoded")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt whose speed is measured")
     parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    """Measure and print."""
+    args = arguments()
     model, resident = load(args.kind, args.path, args.threads)
     print(json.dumps({**rates(model, args), "weights": model.weight_bytes, "resident": resident}))
 
