@@ -8,10 +8,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantkit.api import CheckResult, Quantized, check, evaluate, generate, load, make_recipe, plan, quantize
+    from quantkit.api import (
+        CheckResult,
+        Comparison,
+        Exported,
+        Quantized,
+        check,
+        compare,
+        evaluate,
+        evaluate_tasks,
+        export,
+        generate,
+        load,
+        make_recipe,
+        plan,
+        quantize,
+    )
 
 # none of these may be the name of a submodule too, which would take its place when it is imported
-__all__ = ["CheckResult", "Quantized", "check", "evaluate", "generate", "load", "make_recipe", "plan", "quantize"]
+__all__ = [
+    "CheckResult",
+    "Comparison",
+    "Exported",
+    "Quantized",
+    "check",
+    "compare",
+    "evaluate",
+    "evaluate_tasks",
+    "export",
+    "generate",
+    "load",
+    "make_recipe",
+    "plan",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

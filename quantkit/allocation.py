@@ -130,7 +130,7 @@ class Allocation:
 def stored_bits(shape: tuple[int, int], scheme: QuantScheme) -> int:
     """Return the bits of one linear's codes, scales and zero points as they are stored, padding included."""
     layout = CompressedTensors().layout(shape, scheme, "F16")
-    del layout["weight_shape"]  # two numbers that say nothing of the weights
+    layout.pop("weight_shape", None)  # two numbers that say nothing of the weights
     return sum(8 * BYTES[kind] * prod(size) for kind, size in layout.values())
 
 

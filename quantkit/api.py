@@ -1,37 +1,57 @@
 """The command line's verbs from Python: keyword arguments instead of flags, values and exceptions instead of text."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from quantkit.calibrate.data import evaluation_windows
-from quantkit.calibrate.text import read_text
-from quantkit.errors import UsageError
+from quantkit.calibrate.text import Corpus, read_text
+from quantkit.conversion import Exported, export, further
+from quantkit.errors import ModelError, UsageError
 from quantkit.evaluation import generate as generation
 from quantkit.evaluation.check import CheckResult, check
-from quantkit.evaluation.loading import load_model
+from quantkit.evaluation.divergence import Divergence, divergence
+from quantkit.evaluation.loading import Model, Tokenizer, context_length
 from quantkit.evaluation.perplexity import Perplexity, perplexity
+from quantkit.evaluation.runtimes import DEFAULT_RUNTIME, load_with, refuse_unknown_runtime
+from quantkit.evaluation.scores import TaskScores
+from quantkit.evaluation.vocabulary import refuse_other_tokens
 from quantkit.model import names
 from quantkit.pipeline import Progress, execute, prepare
 from quantkit.planning import Plan
 from quantkit.recipe import Recipe, from_defaults
 from quantkit.runtime import packed_model
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-__all__ = ["CheckResult", "Quantized", "check", "evaluate", "generate", "load", "make_recipe", "plan", "quantize"]
+__all__ = [
+    "DEFAULT_RUNTIME",
+    "CheckResult",
+    "Comparison",
+    "Exported",
+    "Quantized",
+    "check",
+    "compare",
+    "evaluate",
+    "evaluate_tasks",
+    "export",
+    "generate",
+    "load",
+    "make_recipe",
+    "plan",
+    "quantize",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """A finished run: where the model lies, and the content of its report.json."""
+    """A finished run: where the model lies, the content of its report.json, and format → directory of further ones."""
 
     output: Path
     report: Mapping[str, Any]
+    formats: Mapping[str, Path]
 
 
 def make_recipe(
@@ -52,23 +72,23 @@ def make_recipe(
         fields: `wbits` or `target_bpw` (bits chosen by measured loss), `group_size` (None: one scale per row),
             `symmetric`; `abits`, `symmetric_activations`, `kv_bits`; `rotate`; `ignore` (globs); `calibration` (a name,
             a file, or `self`: text that the model writes), `samples`, `seqlen`, `batch_size`, `allow_short`; `seed`,
-            `revision`.
+            `revision`; `formats` (what to write besides compressed-tensors).
 
     Raises:
         UsageError: a value that is out of range, an unknown method, preset, field or hyper-parameter, or a method and a
             preset.
     """
-    names = {
+    renamed = {
         "wbits": "bits",
         "abits": "activation_bits",
         "symmetric_activations": "activation_symmetric",
         "calibration": "text",
     }
     changes = {
-        names.get(name, name): str(value) if isinstance(value, Path) else value for name, value in fields.items()
+        renamed.get(name, name): str(value) if isinstance(value, Path) else value for name, value in fields.items()
     }
-    if "ignore" in changes:
-        changes["ignore"] = tuple(changes["ignore"])
+    for name in {"ignore", "formats"} & changes.keys():
+        changes[name] = tuple(changes[name])
     return from_defaults(str(model), changes, method=method, preset=preset, options=options)
 
 
@@ -99,7 +119,8 @@ def quantize(
     recipe = model if isinstance(model, Recipe) else make_recipe(model, **fields)
     prepared = prepare(recipe, device)
     report = execute(prepared, Path(output), overwrite=overwrite, progress=progress)
-    return Quantized(output=Path(output), report=report)
+    formats = {name: Path(output) / name for name in further(prepared.recipe.formats)}
+    return Quantized(output=Path(output), report=report, formats=formats)
 
 
 def plan(model: str | Path | Recipe, *, device: str | None = None, **fields: Any) -> Plan:  # noqa: ANN401
@@ -119,7 +140,7 @@ def load(
     dtype: torch.dtype | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
-) -> "PreTrainedModel":
+) -> Model:
     """Return a packed checkpoint as a transformers model whose linears compute from the packed codes.
 
     >>> model = quantkit.load("llama-7b-w4")
@@ -143,6 +164,14 @@ def load(
     return packed_model.load(source.path, device=device, dtype=dtype, device_map=device_map)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two models on the same text, and on the same tasks if any were given."""
+
+    divergence: Divergence
+    tasks: TaskScores | None = None
+
+
 def evaluate(  # noqa: PLR0913
     model: str | Path,
     *,
@@ -150,6 +179,8 @@ def evaluate(  # noqa: PLR0913
     seqlen: int = 1024,
     windows: int | None = None,
     bos: bool = False,
+    against: str | Path | None = None,
+    runtime: str = DEFAULT_RUNTIME,
     device: str | None = None,
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -162,24 +193,128 @@ def evaluate(  # noqa: PLR0913
         seqlen: tokens per window.
         windows: use only the first ones; None: all.
         bos: put the tokenizer's BOS before every window.
+        against: another model of the same tokens; its perplexity on the same windows is the `reference` of the result.
+        runtime: `packed` keeps packed weights packed, `dense` unpacks them.
         device: as in `quantize`.
         revision: revision on the Hub.
-        progress: told (windows done, windows in all).
+        progress: told (windows done, windows in all), for each model.
 
     Raises:
         QuantkitError: see `quantkit.errors`.
     """
-    if seqlen < 2:
-        raise UsageError(f"seqlen must be at least 2, not {seqlen}")
-    if windows is not None and windows < 1:
-        raise UsageError(f"windows must be at least 1, not {windows}")
+    _refuse_sizes(seqlen=(seqlen, 2), windows=(windows, 1))
+    refuse_unknown_runtime(runtime)
     corpora = read_text(str(text))  # before the model: a missing file should not cost a load
-    loaded, tokenizer = load_model(model, revision=revision, device=device)
-    context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-    if context and seqlen > context:
-        raise UsageError(f"--seqlen {seqlen} is longer than the model's context; pass --seqlen {context}")
-    rows = evaluation_windows(corpora, tokenizer, seqlen=seqlen, windows=windows, bos=bos)
-    return perplexity(loaded, rows, progress)
+    if against is not None:
+        refuse_other_tokens(model, against, revision=revision)
+
+    def measure(name: str | Path, revision: str | None) -> Perplexity:
+        loaded, tokenizer = load_with(runtime, name, revision=revision, device=device)
+        return perplexity(loaded, _windows(corpora, loaded, tokenizer, seqlen, windows, bos), progress)
+
+    measured = measure(model, revision)
+    return measured if against is None else replace(measured, reference=measure(against, None))
+
+
+def evaluate_tasks(  # noqa: PLR0913
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    against: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int | str = "auto",
+    bos: bool = False,
+    include_path: str | Path | None = None,
+    runtime: str = DEFAULT_RUNTIME,
+    device: str | None = None,
+    revision: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> TaskScores:
+    """Return what a model scores in tasks of lm-eval.
+
+    >>> quantkit.evaluate_tasks("llama-7b-w4", ["hellaswag", "piqa"], against="llama-7b", limit=500)
+
+    Args:
+        model: a directory, a Hub id or an alias; quantized or not.
+        tasks: names of tasks, groups or tags, or globs of them.
+        against: another model; what it scores is the `reference` of the result, `flips` the answers that changed.
+        limit: use only the first documents of each task; None: all.
+        num_fewshot: examples in the prompt; None: as the task says.
+        batch_size: requests at once; `auto` finds it.
+        bos: put the tokenizer's BOS before every prompt.
+        include_path: a directory of task files (.yaml), which come before those of lm-eval.
+        runtime: `packed` keeps packed weights packed, `dense` unpacks them.
+        device: as in `quantize`.
+        revision: revision on the Hub.
+        progress: told (what, requests answered, requests in all); 0 in all where they are not known.
+
+    Raises:
+        QuantkitError: see `quantkit.errors`.
+    """
+    refuse_unknown_runtime(runtime)
+    say = progress or (lambda *_: None)
+    ask = _task_runner(
+        tasks, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, bos=bos, include_path=include_path, say=say
+    )
+    if against is not None:
+        names.resolve(str(against), weights=False)  # a wrong name should not cost the model's scores
+
+    def measure(name: str | Path, revision: str | None) -> TaskScores:
+        say(f"loading {name}", 0, 0)
+        return ask(str(name), *load_with(runtime, name, revision=revision, device=device))
+
+    measured = measure(model, revision)
+    return measured if against is None else replace(measured, reference=measure(against, None))
+
+
+def compare(  # noqa: PLR0913
+    model: str | Path,
+    reference: str | Path,
+    *,
+    text: str | Path = "wikitext2-test",
+    seqlen: int = 1024,
+    windows: int | None = None,
+    bos: bool = False,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int | str = "auto",
+    include_path: str | Path | None = None,
+    runtime: str = DEFAULT_RUNTIME,
+    device: str | None = None,
+    revision: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Comparison:
+    """Return how far a model's predictions are from those of a reference, usually its original.
+
+    Both models are in memory at once. The arguments are those of `evaluate` and, if `tasks` are given, of
+    `evaluate_tasks`; `revision` is the model's.
+
+    Raises:
+        QuantkitError: see `quantkit.errors`; ModelError if the tokens of the models differ.
+    """
+    _refuse_sizes(seqlen=(seqlen, 2), windows=(windows, 1))
+    refuse_unknown_runtime(runtime)
+    say = progress or (lambda *_: None)
+    corpora = read_text(str(text))
+    refuse_other_tokens(model, reference, revision=revision)
+    ask = tasks and _task_runner(
+        tasks, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, bos=bos, include_path=include_path, say=say
+    )
+    say(f"loading {model}", 0, 0)
+    loaded, tokenizer = load_with(runtime, model, revision=revision, device=device)
+    say(f"loading {reference}", 0, 0)
+    original, original_tokenizer = load_with(runtime, reference, device=device)
+    rows = _windows(corpora, loaded, tokenizer, seqlen, windows, bos)
+    if not rows.equal(_windows(corpora, original, original_tokenizer, seqlen, windows, bos)):
+        raise ModelError(f"the tokenizers of {model} and {reference} split the text differently; compare one family")
+    measured = divergence(loaded, original, rows, lambda done, total: say("comparing windows", done, total))
+    if not ask:
+        return Comparison(divergence=measured)
+    scores = ask(str(model), loaded, tokenizer)
+    others = ask(str(reference), original, original_tokenizer)
+    return Comparison(divergence=measured, tasks=replace(scores, reference=others))
 
 
 def generate(  # noqa: PLR0913
@@ -189,15 +324,68 @@ def generate(  # noqa: PLR0913
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    runtime: str = "packed",
     device: str | None = None,
     revision: str | None = None,
 ) -> str:
     """Return how a model continues `prompt`; greedy at temperature 0.
 
+    `runtime` is as in `evaluate`, but for its default: nothing is compared here, and packed is faster and smaller.
+
     Raises:
         QuantkitError: see `quantkit.errors`.
     """
-    loaded, tokenizer = load_model(model, revision=revision, device=device)
+    loaded, tokenizer = load_with(runtime, model, revision=revision, device=device)
     return generation.generate(
         loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
+
+
+def _refuse_sizes(**sizes: tuple[int | None, int]) -> None:
+    """Raise UsageError for a number that is below its least value; None is none."""
+    for name, (value, least) in sizes.items():
+        if value is not None and value < least:
+            raise UsageError(f"{name} must be at least {least}, not {value}")
+
+
+def _windows(
+    corpora: Sequence[Corpus], model: Model, tokenizer: Tokenizer, seqlen: int, windows: int | None, bos: bool
+) -> Tensor:
+    context = context_length(model)
+    if context and seqlen > context:
+        raise UsageError(f"--seqlen {seqlen} is longer than the model's context; pass --seqlen {context}")
+    return evaluation_windows(corpora, tokenizer, seqlen=seqlen, windows=windows, bos=bos)
+
+
+def _task_runner(  # noqa: PLR0913
+    tasks: Sequence[str],
+    *,
+    limit: int | None,
+    num_fewshot: int | None,
+    batch_size: int | str,
+    bos: bool,
+    include_path: str | Path | None,
+    say: Callable[[str, int, int], None],
+) -> Callable[[str, Model, Tokenizer], TaskScores]:
+    """Return what a model, named for the progress, scores in the tasks; what cannot be run is refused now."""
+    if isinstance(tasks, str) or not tasks:
+        raise UsageError("name at least one task, in a list" if not tasks else f"tasks must be a list, not {tasks!r}")
+    _refuse_sizes(limit=(limit, 1), num_fewshot=(num_fewshot, 0))
+    if batch_size != "auto":
+        if not isinstance(batch_size, int):
+            raise UsageError(f"batch_size must be a positive number or auto, not {batch_size!r}")
+        _refuse_sizes(batch_size=(batch_size, 1))
+    from quantkit.evaluation import harness  # lm-eval takes seconds to import
+
+    say("reading tasks", 0, 0)
+    folder = Path(include_path) if include_path is not None else None
+    found = harness.find_tasks(tasks, include_path=folder, num_fewshot=num_fewshot)
+
+    def ask(name: str, model: Model, tokenizer: Tokenizer) -> TaskScores:
+        def told(done: int, total: int) -> None:
+            say(f"asking {name}", done, total)
+
+        say(f"asking {name}", 0, 0)
+        return harness.run(model, tokenizer, found, limit=limit, batch_size=batch_size, bos=bos, progress=told)
+
+    return ask

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit import display
+from quantkit import display, judging
 from quantkit.errors import CheckFailure, UsageError, nearest
 from quantkit.failures import OneLine, errors
+from quantkit.flags import Device, Json, Output, Revision
 
 app = typer.Typer(
     name="quantkit",
@@ -23,12 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. (default: a GPU if there is one)")]
-Revision = Annotated[str | None, typer.Option(help="Revision on the Hub: a commit, branch or tag.")]
-Model = Annotated[str, typer.Argument(help="A directory, a Hub id (org/name), or an alias: quantkit list models.")]
-Output = Annotated[Path, typer.Argument(help="A directory that `quantkit quantize` wrote.")]
 
 
 @app.command()
@@ -130,6 +125,13 @@ def quantize(
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. (default: 0)")] = None,
     device: Device = None,
     revision: Revision = None,
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="Formats besides compressed-tensors, with commas: gptq,gguf; each is written to OUTPUT/<format>.",
+        ),
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe, as saved beside a model; flags change it.")] = None,
     overwrite: Annotated[
         bool,
@@ -172,6 +174,7 @@ def quantize(
             {
                 **_given({**scheme, **text, "rotate": rotate, "seed": seed, "revision": revision}),
                 **({"ignore": tuple(ignore)} if ignore else {}),
+                **({"formats": _formats(format_)} if format_ else {}),
                 **({"group_size": _group_size(group_size)} if group_size else {}),
             },
             method=method,
@@ -228,69 +231,39 @@ def check(
 
 
 @app.command()
-def evaluate(
-    model: Model,
-    text: Annotated[
-        str,
-        typer.Option(help="A calibration name (quantkit list calibrations) or a text, .jsonl or .parquet file."),
-    ] = "wikitext2-test",
-    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
-    windows: Annotated[int | None, typer.Option(help="Use only the first N windows. (default: all)")] = None,
-    bos: Annotated[
-        bool, typer.Option("--bos", help="Put the tokenizer's BOS before every window (Gemma needs it).")
-    ] = False,
-    device: Device = None,
-    revision: Revision = None,
+def export(
+    output: Output,
+    format_: Annotated[str, typer.Option("--format", help="gptq, awq or gguf, or several with commas.")],
+    to: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to write. (default: OUTPUT/<format>)")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Option of the format: version=1 of gptq; repeatable."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print the perplexity of a model, quantized or not, by the field's protocol.
-
-    One stream of text, windows that do not overlap, the last partial one dropped, loss in float32. A text file is
-    one stream as it is; in a .jsonl every document starts with the tokenizer's BOS where it has one.
-    """
+    """Write OUTPUT in another format too, exactly and without calibrating again."""
     with errors(as_json):
         from quantkit import api
 
-        with display.status("evaluating", quiet=as_json) as say:
-            result = api.evaluate(
-                model,
-                text=text,
-                seqlen=seqlen,
-                windows=windows,
-                bos=bos,
-                device=device,
-                revision=revision,
-                progress=lambda done, total: say(f"window {done} of {total}"),
-            )
-        display.evaluated(model, text, seqlen, result, as_json=as_json)
+        formats, options = _formats(format_), _options({}, set_ or [])
+        if to is not None and len(formats) > 1:
+            raise UsageError(f"-o {to} is the place of one format, not of {len(formats)}; leave out one of them")
+        made = []
+        for name in formats:
+            with display.status(f"exporting {name}", quiet=as_json):
+                made.append(api.export(output, format=name, to=to, overwrite=overwrite, options=options))
+        display.exported(made, as_json=as_json)
 
 
-@app.command()
-def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher samples.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    device: Device = None,
-    revision: Revision = None,
-    as_json: Json = False,
-) -> None:
-    """Continue a prompt with a model, quantized or not."""
-    with errors(as_json):
-        from quantkit import api
-
-        with display.status("loading", quiet=as_json):
-            text = api.generate(
-                model,
-                prompt,
-                max_new_tokens=tokens,
-                temperature=temperature,
-                seed=seed,
-                device=device,
-                revision=revision,
-            )
-        display.generated(prompt, text, as_json=as_json)
+for command in (judging.evaluate, judging.compare, judging.generate):
+    app.command()(command)
+app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)(judging.lm_eval)
 
 
 @app.command("list")
@@ -349,6 +322,10 @@ def _options(flags: dict[str, Any], settings: list[str]) -> dict[str, Any]:
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
 def _group_size(text: str) -> int | None:

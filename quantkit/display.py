@@ -4,10 +4,7 @@ Progress goes to stderr and only to a terminal; results go to stdout.
 """
 
 import json
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -23,7 +20,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from quantkit.calibrate.walk import BlockReport
-    from quantkit.evaluation.perplexity import Perplexity
+    from quantkit.conversion import Exported
     from quantkit.planning import Plan
     from quantkit.recipe import Recipe
 
@@ -33,39 +30,35 @@ _COLORS = ("dim", "red", "red", "yellow", "green", "cyan", "blue", "blue", "mage
 # what may happen to a block, by the name of the note, and what the block or model then has
 _TROUBLE = {"fallback": "rounded to nearest", "diverged": "training diverged, its best pass was kept"}
 
-_out = Console(highlight=False, soft_wrap=True)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def quiet_libraries() -> None:
-    """Keep advisory messages of libraries off the terminal; their errors reach the user as ours."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.simplefilter("ignore")
-    logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
+def warned(message: str) -> None:
+    """Show what works, but not as well as it could, on one line beside the output."""
+    _say(err, f"[bold yellow]warning:[/] {escape(message)}")
 
 
 def failed(message: str, code: int, *, as_json: bool) -> None:
     """Show an error, on one line whatever a library put into the message."""
     message = " ".join(message.split())
     if as_json:
-        _print_json({"error": message, "exit_code": code})
+        print_json({"error": message, "exit_code": code})
     else:
-        _say(_err, f"[bold red]error:[/] {escape(message)}")
+        _say(err, f"[bold red]error:[/] {escape(message)}")
 
 
 def plan(plan: "Plan", recipe: "Recipe", *, as_json: bool) -> None:
     """Show what a run would do."""
     if as_json:
-        _print_json(plan_facts(plan, recipe))
+        print_json(plan_facts(plan, recipe))
         return
-    _out.print(_plan_table(plan, recipe), "")
-    _out.print(_sites_table(plan), "")
-    _out.print(_presets_table(plan), "")
-    _print_notes(_out, plan.notes)
+    out.print(_plan_table(plan, recipe), "")
+    out.print(_sites_table(plan), "")
+    out.print(_presets_table(plan), "")
+    print_notes(out, plan.notes)
     if plan.refusal:
-        _say(_out, f"[bold red]would be refused:[/] {escape(plan.refusal)}")
+        _say(out, f"[bold red]would be refused:[/] {escape(plan.refusal)}")
 
 
 def plan_facts(plan: "Plan", recipe: "Recipe") -> dict[str, Any]:
@@ -95,7 +88,7 @@ def plan_facts(plan: "Plan", recipe: "Recipe") -> dict[str, Any]:
     }
 
 
-class _Left(TimeRemainingColumn):
+class Left(TimeRemainingColumn):
     """The time that is left, where it is known."""
 
     def render(self, task: Task) -> Text:
@@ -115,8 +108,8 @@ class QuantizeProgress:
             BarColumn(),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
-            _Left(),
-            console=_err,
+            Left(),
+            console=err,
             disable=self.quiet,
             transient=True,
         )
@@ -135,7 +128,7 @@ class QuantizeProgress:
         """Show the plan in short."""
         if not self.quiet:
             self.bar.console.print(_plan_table(plan, self.recipe))
-            _print_notes(self.bar.console, plan.notes)
+            print_notes(self.bar.console, plan.notes)
 
     def stage(self, name: str) -> None:
         """Name what is being done."""
@@ -167,7 +160,7 @@ def status(text: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
-    with _err.status(text) as spinner:
+    with err.status(text) as spinner:
         yield spinner.update
 
 
@@ -175,17 +168,20 @@ def quantized(output: Path, report: Mapping[str, Any], *, as_json: bool) -> None
     """Show what a run made."""
     if as_json:
         left_out = ("tensors", "sites", "sha256")
-        _print_json({"output": str(output), **{key: value for key, value in report.items() if key not in left_out}})
+        print_json({"output": str(output), **{key: value for key, value in report.items() if key not in left_out}})
         return
     measured, blocks = report["measured"], report["blocks"]
     before = sum(block["error_rtn"] for block in blocks) / len(blocks)
     after = sum(block["error"] for block in blocks) / len(blocks)
-    table = _facts_table(f"{output}")
+    table = facts_table(f"{output}")
     share = report["quantized_parameters"] / report["parameters"]
-    kind = report["scheme"].partition(",")[0]
-    table.add_row("scheme", f"{kind} by {report['method']}, {report['bits_per_weight']:.2f} bits per weight")
+    table.add_row(
+        "scheme",
+        f"{report['scheme'].partition(',')[0]} by {report['method']}, {report['bits_per_weight']:.2f} bits per weight",
+    )
     table.add_row("quantized", f"{share:.1%} of {report['parameters']:,} parameters")
-    table.add_row("size", f"{_bytes(measured['output_bytes'])} of weights")
+    also = "".join(f", also as {name}" for name in report["formats"])
+    table.add_row("size", f"{_bytes(measured['output_bytes'])} of weights{also}")
     learned = f" → {after:.3e} kept ({after / before - 1:+.0%})" if before and after != before else ""
     table.add_row("block error", f"{before:.3e} rounding to nearest{learned}")
     for name, meaning in _TROUBLE.items():
@@ -200,56 +196,51 @@ def quantized(output: Path, report: Mapping[str, Any], *, as_json: bool) -> None
         if name in whole:
             table.add_row("distilling", f"[yellow]{name}: {whole[name]}[/]")
     table.add_row("took", f"{_duration(measured['seconds'])}, peak memory {_bytes(measured['memory_bytes'])}")
-    _out.print(table)
+    out.print(table)
     if "allocation" in report:
-        _out.print(_bits_picture(report["allocation"]["groups"]))
-    _print_notes(_out, report["notes"])
-    _out.print(f"next: quantkit check {output}", markup=False)
+        out.print(_bits_picture(report["allocation"]["groups"]))
+    print_notes(out, report["notes"])
+    out.print(f"next: quantkit check {output}", markup=False)
 
 
 def checked(output: Path, faults: Sequence[str], facts: Mapping[str, Any], *, as_json: bool) -> None:
     """Show the result of a check."""
     if as_json:
-        _print_json({"output": str(output), "ok": not faults, "faults": list(faults), "facts": dict(facts)})
+        print_json({"output": str(output), "ok": not faults, "faults": list(faults), "facts": dict(facts)})
         return
     if facts:
-        table = _facts_table(f"{output}")
+        table = facts_table(f"{output}")
         for name, value in facts.items():
             table.add_row(name.replace("_", " "), _fact(name, value))
-        _out.print(table)
+        out.print(table)
     for fault in faults:
-        _out.print(f"[bold red]fault:[/] {escape(fault)}")
+        out.print(f"[bold red]fault:[/] {escape(fault)}")
     if not faults:
-        _out.print(f"[bold green]ok:[/] {escape(str(output))} is whole and computes what was calibrated")
+        out.print(f"[bold green]ok:[/] {escape(str(output))} is whole and computes what was calibrated")
 
 
-def evaluated(model: str, text: str, seqlen: int, result: "Perplexity", *, as_json: bool) -> None:
-    """Show a perplexity."""
+def exported(made: "Sequence[Exported]", *, as_json: bool) -> None:
+    """Show what was written in other formats."""
     if as_json:
-        facts = {
-            "perplexity": result.perplexity,
-            "loss": result.loss,
-            "tokens": result.tokens,
-            "windows": result.windows,
-        }
-        _print_json({"model": model, "text": text, "seqlen": seqlen, **facts})
+        print_json({"exports": [{**asdict(each), "output": str(each.output)} for each in made]})
         return
-    where = f"{text}, {result.windows} windows of {seqlen}, {result.tokens:,} tokens scored"
-    _out.print(f"{escape(model)}: perplexity [bold]{result.perplexity:.4f}[/] ({escape(where)})")
+    for each in made:
+        out.print(f"{escape(each.format)}: {escape(str(each.output))}, {_bytes(each.bytes)}")
+        print_notes(out, each.notices)
 
 
 def generated(prompt: str, text: str, *, as_json: bool) -> None:
     """Show a generated text."""
     if as_json:
-        _print_json({"prompt": prompt, "text": text})
+        print_json({"prompt": prompt, "text": text})
     else:
-        _out.print(f"[dim]{escape(prompt)}[/]{escape(text)}")
+        out.print(f"[dim]{escape(prompt)}[/]{escape(text)}")
 
 
 def listed(kind: str, rows: Sequence[Mapping[str, str]], *, as_json: bool) -> None:
     """Show a list."""
     if as_json:
-        _print_json({kind: list(rows)})
+        print_json({kind: list(rows)})
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in rows[0]:
@@ -260,7 +251,7 @@ def listed(kind: str, rows: Sequence[Mapping[str, str]], *, as_json: bool) -> No
 
 
 def _plan_table(plan: "Plan", recipe: "Recipe") -> Table:
-    table = _facts_table(f"{recipe.model}" + (f" @ {recipe.revision[:12]}" if recipe.revision else ""))
+    table = facts_table(f"{recipe.model}" + (f" @ {recipe.revision[:12]}" if recipe.revision else ""))
     text = recipe.calibration
     share = plan.quantized_parameters / plan.parameters
     method = ", ".join(f"{name} ({_options(step)})" for name, step in recipe.build_passes().items())
@@ -298,7 +289,8 @@ def _presets_table(plan: "Plan") -> Table:
     return table
 
 
-def _print_notes(console: Console, notes: Sequence[str]) -> None:
+def print_notes(console: Console, notes: Sequence[str]) -> None:
+    """Print what one should know besides, one line each."""
     for note in notes:
         _say(console, f"[yellow]note:[/] {escape(note)}")
 
@@ -343,7 +335,8 @@ def _bits_of(scheme: str) -> int:
     return int(scheme[1 : scheme.index("a")])
 
 
-def _facts_table(title: str) -> Table:
+def facts_table(title: str) -> Table:
+    """Return a table of two columns, a name and what is to be said, without a row yet."""
     table = Table(
         box=None,
         show_header=False,
@@ -395,5 +388,6 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min" if hours < 48 else f"{round(hours / 24):,} days"
 
 
-def _print_json(value: object) -> None:
+def print_json(value: object) -> None:
+    """Print the one object of `--json`."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -58,8 +58,14 @@ class CheckFailure(QuantkitError):
     exit_code = 7
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ' (did you mean a, b?)' with the known names nearest to `name`, or all of them if none is near."""
+class QuantkitWarning(UserWarning):
+    """Something works, but not as well as it could; the command line shows it as one line."""
+
+
+def nearest(name: str, known: Iterable[str], *, otherwise: str | None = None) -> str:
+    """Return ' (did you mean a, b?)' with the names nearest to `name`; if none is near, `otherwise` or all names."""
     names = sorted(set(known))
     close = get_close_matches(name, names, n=3, cutoff=0.5)
-    return f" (did you mean {', '.join(close)}?)" if close else f" (known: {', '.join(names)})"
+    if close:
+        return f" (did you mean {', '.join(close)}?)"
+    return f" (known: {', '.join(names)})" if otherwise is None else otherwise

@@ -3,7 +3,10 @@
 What is raised below the command line, and what the parser of its options says.
 """
 
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from quantkit import display
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import QuantkitError, QuantkitWarning, UsageError
 
 
 class OneLine(TyperGroup):
@@ -40,12 +43,24 @@ class OneLine(TyperGroup):
         sys.exit(code)
 
 
+def _quiet_libraries() -> None:
+    """Keep advisory messages of libraries off the terminal; their errors reach the user as ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
+
+
 @contextmanager
 def errors(as_json: bool) -> Iterator[None]:
     """Show an error of the user's as one line, or one JSON object, and exit with its code."""
-    display.quiet_libraries()
+    _quiet_libraries()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("default", QuantkitWarning)
+            warnings.showwarning = lambda message, *_: display.warned(str(message))
+            yield
     except QuantkitError as error:
         display.failed(str(error), error.exit_code, as_json=as_json)
         raise typer.Exit(error.exit_code) from None

@@ -21,13 +21,14 @@ from quantkit.calibrate.self_text import sample_tokens
 from quantkit.calibrate.sensitivity import SHRINK, Sensitivity
 from quantkit.calibrate.text import SELF, read_text
 from quantkit.calibrate.walk import BlockReport, Listener
+from quantkit.conversion import export, further, refuse_unfit
 from quantkit.errors import DataError, OutputError, UsageError
 from quantkit.evaluation.loading import load_model
 from quantkit.evaluation.manifest import CHECK, RECIPE, REPORT, check_document, tensor_manifest
 from quantkit.exporters.compressed_tensors import CompressedTensors
 from quantkit.model import names
 from quantkit.model.block import Block
-from quantkit.model.checkpoint import INDEX, SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint
+from quantkit.model.checkpoint import SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint, side_files
 from quantkit.model.device import pick_device
 from quantkit.model.names import Source
 from quantkit.model.rotation import Rotation
@@ -37,8 +38,7 @@ from quantkit.planning import Plan, make_plan
 from quantkit.recipe import Recipe
 from quantkit.workload import writing_batch
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
-_WRITTEN = {"config.json", INDEX, RECIPE, REPORT, CHECK}
+_WRITTEN = {"config.json", RECIPE, REPORT, CHECK}
 _PACKAGES = ("quantkit", "torch", "transformers", "safetensors", "compressed-tensors")
 
 
@@ -49,7 +49,7 @@ class Progress(Listener, Protocol):
         """A stage begins.
 
         'reading text' or 'writing text', 'downloading' or 'opening weights', 'verifying weights', 'measuring',
-        'calibrating', 'distilling', 'writing'.
+        'calibrating', 'distilling', 'writing', 'exporting' and the format.
         """
 
     def planned(self, plan: Plan) -> None:
@@ -87,14 +87,14 @@ def prepare(recipe: Recipe, device: str | None = None) -> Prepared:
     """Look at the model without its weights and refuse what cannot work.
 
     Raises:
-        UsageError, ModelError, NetworkError: see `names.resolve`, `Skeleton`, `make_plan`.
+        UsageError, ModelError, NetworkError: see `names.resolve`, `Skeleton`, `make_plan`, `conversion.refuse_unfit`.
     """
     recipe.build_passes()
     source = names.resolve(recipe.model, revision=recipe.revision, weights=False)
     recipe = replace(recipe, revision=source.revision)
     skeleton = Skeleton(source.path)
     plan = make_plan(skeleton, recipe, pick_device(device))
-    CompressedTensors().check(plan.schemes)
+    _refuse_formats(recipe, source, plan)
     rotation = Rotation.of(skeleton, recipe.seed) if recipe.rotate else None
     return Prepared(recipe=recipe, source=source, skeleton=skeleton, plan=plan, rotation=rotation)
 
@@ -102,7 +102,7 @@ def prepare(recipe: Recipe, device: str | None = None) -> Prepared:
 def execute(
     prepared: Prepared, output: Path, *, overwrite: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Quantize and write `output`; return the report.
+    """Quantize and write `output`, then its further formats into directories of their names; return the report.
 
     Raises:
         UsageError: it would need more memory than is free.
@@ -139,13 +139,27 @@ def execute(
         report = _report(prepared, reports, tokens, sink, hashes, time.monotonic() - started) | {"whole": whole}
         _write_side_files(prepared, writer, report, sample)
         writer.finish()
+    _export(prepared.recipe, output, progress)
     return report
+
+
+def _export(recipe: Recipe, output: Path, progress: Progress) -> None:
+    """Write the further formats of a finished output."""
+    for name in further(recipe.formats):
+        progress.stage(f"exporting {name}")
+        export(output, format=name)
+
+
+def _refuse_formats(recipe: Recipe, source: Source, plan: Plan) -> None:
+    schemes = {str(each): each for each in plan.budget.schemes} if plan.budget else plan.schemes
+    refuse_unfit(recipe.formats, schemes, plan.shapes, plan.classes, source.path)
 
 
 def _refuse_what_cannot_work(prepared: Prepared, output: Path, *, overwrite: bool) -> None:
     refuse_existing(output, overwrite=overwrite)
     _refuse_source(output, prepared.source.path)
-    refuse_full_disk(output, prepared.plan.output_bytes)
+    # other formats of the same codes have about the same size
+    refuse_full_disk(output, prepared.plan.output_bytes * (1 + len(further(prepared.recipe.formats))))
     if prepared.plan.refusal:
         raise UsageError(prepared.plan.refusal)
 
@@ -287,11 +301,7 @@ def _own_text(prepared: Prepared, progress: Progress) -> Tensor:
 
 
 def _write_side_files(prepared: Prepared, writer: Writer, report: Mapping[str, Any], sample: CheckSample) -> None:
-    for path in sorted(prepared.source.path.iterdir()):
-        if path.name.startswith(".") or path.suffix in _WEIGHTS or path.name in _WRITTEN:
-            continue
-        if path.name.endswith(".index.json") or (path.is_dir() and _holds_weights(path)):
-            continue
+    for path in side_files(prepared.source.path, but=_WRITTEN):
         writer.copy(path)
     config = json.loads((prepared.source.path / "config.json").read_text(encoding="utf-8"))
     plan = prepared.plan
@@ -318,6 +328,7 @@ def _report(
         "source": {"model": recipe.model, "id": prepared.source.id, "revision": prepared.source.revision},
         "scheme": plan.scheme,
         "method": " + ".join(recipe.passes),
+        "formats": further(recipe.formats),
         "notes": list(plan.notes),
         "seed": recipe.seed,
         "device": str(plan.device),
@@ -357,10 +368,6 @@ def _refuse_source(output: Path, source: Path) -> None:
         raise OutputError(f"{output} holds the model that is being read; choose another -o")
     if model in target.parents:
         raise OutputError(f"{output} lies inside the model that is being read; choose another -o")
-
-
-def _holds_weights(directory: Path) -> bool:
-    return any(path.suffix in _WEIGHTS for path in directory.rglob("*"))
 
 
 def _json(value: object) -> str:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from quantkit import costs
+from quantkit import conversion, costs
 from quantkit.allocation import Allocation, Budget, Losses, describe
 from quantkit.core.scheme import UNQUANTIZED, QuantScheme
 from quantkit.errors import UsageError
@@ -170,7 +170,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
             *_family_notes(skeleton, schemes, budget),
             *_attention_notes(skeleton, schemes),
             *_method_notes(skeleton, recipe),
-            *CompressedTensors().notices(schemes, classes),
+            *conversion.notices(recipe.formats, schemes, classes),
         ),
     )
 

@@ -63,6 +63,7 @@ class Recipe:
         passes: method name → hyper-parameters that differ from the method's defaults for the scheme, in order.
         rotate: rotate the residual stream by a random Hadamard matrix, folded into the weights.
         calibration: the text.
+        formats: what is written, besides compressed-tensors in any case.
         seed: seed of everything random.
     """
 
@@ -74,9 +75,12 @@ class Recipe:
     passes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"omniquant": {}})
     rotate: bool = False
     calibration: Calibration = field(default_factory=Calibration)
+    formats: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in self.formats:
+            methods.find("exporters", name)
         if self.target_bpw is None:
             return
         if not isfinite(self.target_bpw):
@@ -136,6 +140,7 @@ class Recipe:
             "target_bpw": self.target_bpw,
             "ignore": list(self.ignore),
             "rotate": self.rotate,
+            "formats": list(self.formats),
             "scheme": asdict(self.scheme) | ({} if self.target_bpw is None else {"bits": None}),
             "calibration": asdict(self.calibration),
             "passes": steps,
@@ -158,7 +163,7 @@ class Recipe:
                 table["scheme"] = _build_dataclass(QuantScheme, table["scheme"])
             text = table.pop("calibration", {})
             table["calibration"] = _build_dataclass(Calibration, text)
-            table["ignore"] = tuple(table.pop("ignore", ()))
+            table |= {name: tuple(table.pop(name, ())) for name in ("ignore", "formats")}
             if model is not None:
                 table["model"] = model
             if "model" not in table:

@@ -1,11 +1,14 @@
 """What all tests share; its place puts `families` and the other helpers beside it on the import path."""
 
+import os
+
 import pytest
 import torch
 
 import quantkit
 
 torch.set_num_threads(1)
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for GPUs run on the CPU; must be set before Triton is imported
 
 
 @pytest.fixture(scope="session")

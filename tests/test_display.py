@@ -20,8 +20,8 @@ def terminal(request, monkeypatch):
     screen = Console(file=io.StringIO(), force_terminal=True, width=request.param, highlight=False, soft_wrap=True)
     for stream in (sys.stdout, sys.stderr):
         monkeypatch.setattr(stream, "isatty", lambda: True)
-    monkeypatch.setattr(display, "_err", screen)
-    monkeypatch.setattr(display, "_out", screen)
+    monkeypatch.setattr(display, "err", screen)
+    monkeypatch.setattr(display, "out", screen)
     return screen
 
 
@@ -37,6 +37,7 @@ def report(notes=None, whole=None):
         "parameters": 10,
         "blocks": blocks,
         "whole": whole or {},
+        "formats": ["gptq"],
         "notes": ["no runtime does this"],
         "measured": {"output_bytes": 10, "memory_bytes": 10, "seconds": 10.0},
     }
@@ -51,6 +52,7 @@ def test_a_summary_says_what_went_wrong_and_what_is_not_applied(capsys):
     assert "2.000e-01 → 1.000e-01 nats per token by distilling (-50%)" in text
     assert "diverged: after 1 passes" in text
     assert "note: no runtime does this" in text
+    assert "also as gptq" in text
 
 
 def test_a_summary_without_trouble_mentions_none(capsys):

@@ -53,8 +53,8 @@ class CheckResult:
             `parameters`, `quantized_parameters`, `quantized_share`, `bits_per_weight`: of what is stored;
             `logit_difference`, `logit_tolerance`: the largest difference from the recorded logits, and the
             largest that is allowed; `logit_spread`: the standard deviation of all logits;
-            with `against`: `against`, `text`, `windows`, `seqlen`, `tokens`, `kl` (nats per token),
-            `top1_agreement`, `perplexity`, `reference_perplexity`.
+            with `against`: `against`, `text`, `windows`, `seqlen`, and of `Divergence` `tokens`, `kl`, `kl_median`,
+            `kl_p99`, `kl_max` (nats per token), `top1_agreement`, `perplexity`, `reference_perplexity`.
     """
 
     faults: tuple[str, ...]
@@ -252,7 +252,8 @@ def _compare(
 ) -> None:
     """Measure how far the predictions are from the original's."""
     measured = divergence(model, reference, rows, lambda done, total: say(f"window {done} of {total}"))
-    found.facts |= {"windows": rows.shape[0], "seqlen": rows.shape[1]} | asdict(measured)
+    facts = {name: value for name, value in asdict(measured).items() if name != "kl_histogram"}
+    found.facts |= {"windows": rows.shape[0], "seqlen": rows.shape[1]} | facts
     ratio = measured.perplexity / measured.reference_perplexity
     if not (math.isfinite(measured.kl) and math.isfinite(ratio)):
         found.faults.append("the predictions on the text are NaN or infinite")

@@ -15,6 +15,7 @@ from quantkit.model.checkpoint import BYTES, Checkpoint
 from quantkit.model.skeleton import LINEARS, Skeleton
 
 _SCALES = ("F16", "BF16")
+_PACKED = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
 
 
 @dataclass
@@ -74,7 +75,7 @@ def size_faults(skeleton: Skeleton, checkpoint: Checkpoint, report: Report) -> I
     counted = {skeleton.stored_name(name, checkpoint) for name, _ in skeleton.model.named_parameters()}
     explained = 0
     for name, info in checkpoint.tensors.items():
-        if not name.endswith((".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")):
+        if not name.endswith(_PACKED) and f"{name}_scale" not in checkpoint:
             stored = BYTES.get(info.dtype, width) * info.elements
             explained += stored - (width * info.elements if name in counted else 0)
     predicted = report.predicted_bytes + explained
@@ -91,7 +92,7 @@ def _linear(
     found: Coverage,
 ) -> Iterator[str]:
     """Yield what is wrong with how one linear is stored, and count it in `found` if it is packed."""
-    packed = skeleton.stored_name(f"{name}.weight_packed", checkpoint)
+    packed = skeleton.stored_name(f"{name}.weight_scale", checkpoint)
     if _ignored(name, quantization.ignore):
         if packed:
             yield f"{name} is stored packed, but config.json says that it is dense"
@@ -103,7 +104,7 @@ def _linear(
     weight = module.weight
     assert isinstance(weight, Tensor)
     rows, columns = weight.shape
-    prefix = packed.removesuffix("weight_packed")
+    prefix = packed.removesuffix("weight_scale")
     scheme = quantization.scheme_of(name)
     if scheme is None:
         yield f"{name} is stored packed, but config.json gives it no scheme"
@@ -111,7 +112,7 @@ def _linear(
     yield from _layout(checkpoint, prefix, (rows, columns), scheme)
     found.sites.append(name)
     found.quantized += rows * columns
-    for end in ("weight_packed", "weight_scale", "weight_zero_point"):
+    for end in ("weight", "weight_packed", "weight_scale", "weight_zero_point"):
         if info := checkpoint.tensors.get(prefix + end):
             found.stored_bits += 8 * BYTES.get(info.dtype, 0) * info.elements
 

@@ -23,12 +23,14 @@ class Perplexity:
         loss: mean cross-entropy per predicted token, in nats.
         tokens: predicted tokens: all but the first of each window.
         windows: number of windows.
+        reference: that of the model that it is held against, on the same windows.
     """
 
     perplexity: float
     loss: float
     tokens: int
     windows: int
+    reference: "Perplexity | None" = None
 
 
 @torch.no_grad()

@@ -1,17 +1,22 @@
-"""compressed-tensors `pack-quantized`: loads in transformers and vLLM for 2-8 bits, in SGLang for 4 and 8.
+"""compressed-tensors: loads in transformers and vLLM for 2-8 bits, in SGLang for 4 and 8.
 
-Per quantized linear N with weight (out, in) and b bits:
+Per quantized linear N with weight (out, in) and b bits, `pack-quantized`:
 
     N.weight_packed      int32 (out, ceil(in b / 32))     codes + 2^(b-1), a dense bit stream along `in`
     N.weight_scale       float16 or bfloat16 (out, groups)
     N.weight_shape       int64 (2,)
     N.weight_zero_point  int32 (ceil(out b / 32), groups) zero points + 2^(b-1), packed along `out`; asymmetric only
 
+or `int-quantized` for symmetric weights, one scale per row, whose inputs have 8 symmetric bits too, because the kernels
+for that pair multiply the codes themselves:
+
+    N.weight        int8 (out, in)
+    N.weight_scale  float16 or bfloat16 (out, 1)
+
 The configuration asks transformers to dequantize while it loads: its other path fails on asymmetric checkpoints
 (llm-compressor issues 1618 and 1190), and unpacks to dense weights at the first forward anyway. vLLM does not read
 that key. Dequantizing while loading takes one scheme for all linears, so a checkpoint with several schemes goes
 without the key and must be symmetric; there each scheme names its linears one by one.
-that key.
 
 Quantized inputs of linears are asked for with `input_activations`, dynamic and per token. Runtimes know them with 8 or
 4 bits and symmetric, and transformers only where it does not dequantize while loading. Whatever else a scheme says of
@@ -29,9 +34,10 @@ from torch import Tensor
 from quantkit.core.packing import pack, packed_words, unpack
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import UNQUANTIZED, QuantScheme
-from quantkit.errors import UsageError
+from quantkit.errors import ModelError, UsageError
+from quantkit.exporters._parts import Layout, refuse_misshapen
 
-NAME = "pack-quantized"
+PACKED, INTEGER, SEVERAL = "pack-quantized", "int-quantized", "mixed-precision"
 ACTIVATION_BITS = (8, 4)  # those that vLLM has kernels for beside packed weights
 OWN = "quantkit"  # compressed-tensors and vLLM ignore keys that they do not know at the top level, and only there
 
@@ -82,6 +88,8 @@ class CompressedTensors:
     def encode(self, quantized: QuantizedTensor) -> dict[str, Tensor]:
         """Return the tensors of one linear by the end of their name."""
         bits = quantized.scheme.bits
+        if format_of(quantized.scheme) == INTEGER:
+            return {"weight": quantized.codes, "weight_scale": quantized.scale}
         tensors = {
             "weight_packed": pack(quantized.codes, bits),
             "weight_scale": quantized.scale,
@@ -92,9 +100,21 @@ class CompressedTensors:
         return tensors
 
     def decode(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
-        """Return what `encode` was given; the inverse, for reading a checkpoint back."""
-        out, width = (int(size) for size in tensors["weight_shape"])
-        zero = tensors.get("weight_zero_point")
+        """Return what `encode` was given; the inverse, for reading a checkpoint back.
+
+        Raises:
+            ModelError: the tensors do not belong together.
+        """
+        if "weight_packed" not in tensors:
+            return _decode_integer(tensors, scheme)
+        shape = tensors.get("weight_shape")
+        if shape is None or shape.shape != (2,):
+            raise ModelError("weight_shape of a packed linear is missing or damaged; the checkpoint is incomplete")
+        out, width = (int(size) for size in shape)
+        if scheme.group_size and width % scheme.group_size:
+            raise ModelError(f"a packed linear that is {width} wide cannot be {scheme}; the checkpoint is damaged")
+        refuse_misshapen(tensors, _packed_layout((out, width), scheme, "F16"))
+        zero = None if scheme.symmetric else tensors["weight_zero_point"]
         return QuantizedTensor(
             codes=unpack(tensors["weight_packed"], scheme.bits, width),
             scale=tensors["weight_scale"],
@@ -102,18 +122,11 @@ class CompressedTensors:
             scheme=scheme,
         )
 
-    def layout(self, shape: tuple[int, int], scheme: QuantScheme, scale: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def layout(self, shape: tuple[int, int], scheme: QuantScheme, scale: str) -> Layout:
         """Return what `encode` will give for a weight of `shape`: safetensors dtype name and shape of each tensor."""
-        out, width = shape
-        groups = scheme.groups(width)
-        tensors: dict[str, tuple[str, tuple[int, ...]]] = {
-            "weight_packed": ("I32", (out, packed_words(width, scheme.bits))),
-            "weight_scale": (scale, (out, groups)),
-            "weight_shape": ("I64", (2,)),
-        }
-        if not scheme.symmetric:
-            tensors["weight_zero_point"] = ("I32", (packed_words(out, scheme.bits), groups))
-        return tensors
+        if format_of(scheme) == INTEGER:
+            return {"weight": ("I8", shape), "weight_scale": (scale, (shape[0], 1))}
+        return _packed_layout(shape, scheme, scale)
 
     def config(
         self, schemes: Mapping[str, QuantScheme], classes: Sequence[str], dense: Sequence[str]
@@ -127,6 +140,7 @@ class CompressedTensors:
         """
         distinct = sorted(set(schemes.values()), key=str)
         mixed = len(distinct) > 1
+        formats = {format_of(scheme) for scheme in distinct}
         # of subclasses: the base
         bases = sorted({"Conv1D" if name == "Conv1D" else "Linear" for name in classes})
         groups = {
@@ -135,7 +149,7 @@ class CompressedTensors:
         }
         return {
             "quant_method": "compressed-tensors",
-            "format": NAME,
+            "format": SEVERAL if len(formats) > 1 else formats.pop(),
             "quantization_status": "compressed",
             **({} if mixed or _runs_activations(distinct[0], classes) else {"dequantize": True}),
             "ignore": list(dense),
@@ -144,6 +158,31 @@ class CompressedTensors:
             "config_groups": groups,
             OWN: {"scheme": str(distinct[0])},
         }
+
+
+def _packed_layout(shape: tuple[int, int], scheme: QuantScheme, scale: str) -> Layout:
+    out, width = shape
+    groups = scheme.groups(width)
+    tensors: Layout = {
+        "weight_packed": ("I32", (out, packed_words(width, scheme.bits))),
+        "weight_scale": (scale, (out, groups)),
+        "weight_shape": ("I64", (2,)),
+    }
+    if not scheme.symmetric:
+        tensors["weight_zero_point"] = ("I32", (packed_words(out, scheme.bits), groups))
+    return tensors
+
+
+def _decode_integer(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
+    """Return what `int-quantized` tensors hold; checkpoints of others have zero points and groups in it too."""
+    weight = tensors.get("weight")
+    if scheme.bits != 8 or weight is None or weight.ndim != 2 or weight.shape[1] % (scheme.group_size or 1):
+        raise ModelError(f"a packed linear has neither weight_packed nor a weight that is {scheme} in bytes")
+    scales = (weight.shape[0], scheme.groups(weight.shape[1]))
+    layout: Layout = {"weight": ("I8", tuple(weight.shape)), "weight_scale": ("F16", scales)}
+    refuse_misshapen(tensors, layout | ({} if scheme.symmetric else {"weight_zero_point": ("I8", scales)}))
+    zero = None if scheme.symmetric else tensors["weight_zero_point"]
+    return QuantizedTensor(codes=weight, scale=tensors["weight_scale"], zero_point=zero, scheme=scheme)
 
 
 def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
@@ -158,7 +197,7 @@ def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
     }
     return {
         "targets": targets,
-        "format": NAME,  # compressed-tensors 0.18 and later read it here, not at the top
+        "format": format_of(scheme),  # compressed-tensors 0.18 and later read it here, not at the top
         "weights": weights,
         "input_activations": _input_activations(scheme),
         "output_activations": None,
@@ -166,6 +205,12 @@ def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
 
 
 METHOD = CompressedTensors
+
+
+def format_of(scheme: QuantScheme) -> str:
+    """Return how a linear of this scheme is stored: `pack-quantized` or `int-quantized`."""
+    weights, inputs = (scheme.bits, scheme.symmetric), (scheme.activation_bits, scheme.activation_symmetric)
+    return INTEGER if weights == inputs == (8, True) and scheme.group_size is None else PACKED
 
 
 def schemes_of(config: Mapping[str, Any]) -> dict[str, QuantScheme]:

@@ -5,7 +5,7 @@ memory does not grow with the number of blocks that were read.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ _FLOATING = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,18 @@ class Checkpoint:
                         "the checkpoint is damaged, download the model again"
                     )
             yield name
+
+
+def side_files(directory: Path, *, but: Collection[str] = ()) -> Iterator[Path]:
+    """Yield what lies beside the weights of a model and belongs to it, files and directories, but those named."""
+    for path in sorted(directory.iterdir()):
+        weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+        if not (weights or path.name.startswith(".") or path.name in but or (path.is_dir() and _holds_weights(path))):
+            yield path
+
+
+def _holds_weights(directory: Path) -> bool:
+    return any(path.suffix in _WEIGHTS for path in directory.rglob("*"))
 
 
 def _read_index(directory: Path) -> Mapping[str, str] | None:

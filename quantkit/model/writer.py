@@ -42,7 +42,7 @@ class Writer:
         self._shards: list[Path] = []
         self._placement: dict[str, int] = {}
         self._bytes = 0
-        with _clear_disk_errors(output):
+        with clear_disk_errors(output):
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self.directory = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.partial-", dir=self.output.parent))
             self.directory.chmod(0o755)  # mkdtemp makes it private, but this becomes the user's directory
@@ -80,7 +80,7 @@ class Writer:
         if not self._pending:
             return
         shard = self.directory / f"shard-{len(self._shards):05}.safetensors"
-        with _clear_disk_errors(self.output):
+        with clear_disk_errors(self.output):
             save_file(self._pending, shard, metadata={"format": "pt"})
             shard.chmod(0o644)  # safetensors makes its files private
         self._shards.append(shard)
@@ -88,12 +88,12 @@ class Writer:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small side file."""
-        with _clear_disk_errors(self.output):
+        with clear_disk_errors(self.output):
             (self.directory / name).write_text(text, encoding="utf-8")
 
     def copy(self, source: Path, name: str | None = None) -> None:
         """Copy a side file or a directory of the source model, following the symbolic links of a Hub cache."""
-        with _clear_disk_errors(self.output):
+        with clear_disk_errors(self.output):
             target = self.directory / (name or source.name)
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
 
@@ -116,7 +116,7 @@ class Writer:
             "weight_map": {name: names[shard] for name, shard in sorted(self._placement.items())},
         }
         self.write_text(INDEX, json.dumps(index, indent=2) + "\n")
-        with _clear_disk_errors(self.output):
+        with clear_disk_errors(self.output):
             for shard, name in zip(self._shards, names, strict=True):
                 shard.rename(self.directory / name)
             return {name: _sha256(self.directory / name) for name in names}
@@ -127,7 +127,7 @@ class Writer:
         Raises:
             OutputError: the disk cannot be written; an overwritten output is then back in its place.
         """
-        with _clear_disk_errors(self.output):
+        with clear_disk_errors(self.output):
             _replace(self.directory, self.output)
 
 
@@ -153,7 +153,7 @@ def refuse_full_disk(output: Path, needed: int) -> None:
 
 
 @contextmanager
-def _clear_disk_errors(output: Path) -> Iterator[None]:
+def clear_disk_errors(output: Path) -> Iterator[None]:
     """Turn what the file system or safetensors says into one OutputError."""
     try:
         yield

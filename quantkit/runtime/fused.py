@@ -130,7 +130,7 @@ class _Step:
 
 def _is_fusible(block: Any) -> bool:  # noqa: ANN401
     """Return whether a block has Llama's parts, its linears packed alike for the native kernel."""
-    if type(block).__name__ not in BLOCKS or getattr(block.self_attn, "sliding_window", None) is not None:
+    if type(block).__name__ not in BLOCKS:
         return False
     attention, mlp = block.self_attn, block.mlp
     together = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantkit.core.qtensor import QuantizedTensor
+from quantkit.errors import QuantkitWarning
 from quantkit.runtime.kernel import Kernel, Layout
 from quantkit.runtime.kernels import native, reference
 from quantkit.runtime.kernels.compiler import CompilerError, library
@@ -195,4 +196,4 @@ def _with_short_scale(weight: QuantizedTensor) -> QuantizedTensor:
 @cache
 def _warn(text: str) -> None:
     """Warn once of each reason."""
-    warnings.warn(text, RuntimeWarning, stacklevel=2)
+    warnings.warn(text, QuantkitWarning, stacklevel=2)

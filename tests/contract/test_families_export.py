@@ -1,4 +1,7 @@
-"""Every family: what is written loads in plain transformers and computes what was calibrated."""
+"""Every family: what is written loads in plain transformers and packed, and computes what was calibrated."""
+
+import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from quantkit.api import quantize
 from quantkit.core.affine import round_to_nearest
 from quantkit.core.scheme import QuantScheme
+from quantkit.runtime.linear import PackedLinear
+from quantkit.runtime.packed_model import load
 
 TOKENS = torch.randint(3, VOCABULARY, (2, 2 * WINDOW), generator=torch.Generator().manual_seed(3))
 GROUPS = QuantScheme(bits=4, group_size=32)
@@ -26,11 +31,16 @@ def logits(model):
 
 @torch.no_grad()
 def fake_quantized(model, sites, scheme):
-    """Return the model with the weights of `sites` rounded and scales as a float32 model stores them."""
+    """Return the model twice, the weights of `sites` as transformers has them and as they are packed.
+
+    Scales are stored in float16, to which transformers rounds the weights as well.
+    """
+    exact = copy.deepcopy(model)
     for site in sites:
-        weight = model.get_submodule(site).weight
-        weight.copy_(round_to_nearest(weight, scheme, torch.float16).dequantize())
-    return model
+        rounded = round_to_nearest(model.get_submodule(site).weight, scheme, torch.float16)
+        model.get_submodule(site).weight.copy_(rounded.dequantize())
+        exact.get_submodule(site).weight.copy_(replace(rounded, scale=rounded.scale.float()).dequantize())
+    return model, exact
 
 
 def export(source, output, scheme):
@@ -44,10 +54,16 @@ def assert_reloads(model, source, output, scheme):
         pytest.skip(f"transformers {transformers.__version__} cannot load this family packed")
     dense = logits(model)
     sites = export(source, output, scheme).report["sites"]
-    expected = logits(fake_quantized(model, sites, scheme))
+    rounded, exact = fake_quantized(model, sites, scheme)
+    expected, unrounded = logits(rounded), logits(exact)
     loaded = logits(AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32))
     torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-2 if OLD else 1e-6)
     assert (expected - dense).norm() > 0.01 * dense.norm()
+    packed = load(output, device="cpu")
+    assert sum(isinstance(part, PackedLinear) for part in packed.modules()) == len(sites)
+    error = (logits(packed) - unrounded).abs() / unrounded.std()
+    assert error.max() < 1e-3  # activations have 16 bits of fixed point
+    assert error.mean() < 2e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)

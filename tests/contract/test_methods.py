@@ -27,10 +27,10 @@ EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
 SCHEMES = [
     QuantScheme(bits=bits, group_size=size, symmetric=symmetric)
     for bits, size, symmetric in itertools.product(range(2, 9), (None, 11), (False, True))
-]
+] + [QuantScheme.parse("w8as8s")]
 SHAPES = [(1, 11), (7, 22), (33, 44), (32, 352)]  # only the last fills whole words
 PACKED = [name for name in FORMATS if not getattr(methods.find("exporters", name), "whole", False)]  # linear by linear
-SAFETENSORS = {torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16"}
+SAFETENSORS = {torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16"}
 SETTINGS = {"omniquant": {"updates": 3}, "distill": {"updates": 3}}  # what keeps the tests short
 TEXT = Calibration(text="embedded", samples=4, seqlen=16, batch_size=2)
 BLOCKS = 5  # of the embedded model

@@ -1,11 +1,12 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from families import VOCABULARY, save_tiny
 
 from quantkit.errors import ModelError
-from quantkit.evaluation.divergence import divergence
+from quantkit.evaluation.divergence import EDGES, divergence
 from quantkit.evaluation.perplexity import perplexity
 
 ROWS = torch.randint(3, VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(1))
@@ -70,3 +71,26 @@ def test_refuses_another_vocabulary(model, tmp_path):
     other.config.vocab_size = 7
     with pytest.raises(ModelError, match="vocabularies differ, 128 and 7"):
         divergence(model, other, ROWS)
+
+
+@torch.no_grad()
+def test_its_spread_is_that_of_a_computation_in_float64(model, tmp_path):
+    other = save_tiny("llama", tmp_path / "other").eval()
+    generator = torch.Generator().manual_seed(2)
+    for parameter in other.parameters():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    rows = torch.randint(3, VOCABULARY, (14, 16), generator=generator)  # 210 positions
+    kls = []
+    for row in rows:
+        p, q = (each(row[None]).logits[0, :-1].double().log_softmax(-1).numpy() for each in (model, other))
+        kls += [float(np.sum(np.exp(p[i]) * (p[i] - q[i]))) for i in range(len(p))]
+    result = divergence(other, model, rows)
+    kls.sort()
+    assert len(kls) == result.tokens == 210
+    assert result.kl == pytest.approx(np.mean(kls), rel=1e-4)
+    assert result.kl_median == pytest.approx(kls[104], rel=1e-4)
+    assert result.kl_p99 == pytest.approx(kls[207], rel=1e-4)  # 208 of 210 positions are 99 %
+    assert result.kl_max == pytest.approx(kls[-1], rel=1e-4)
+    bars = [-np.inf, *EDGES, np.inf]
+    assert result.kl_histogram == tuple(np.histogram(kls, bars)[0])
+    assert sum(count > 0 for count in result.kl_histogram) > 1

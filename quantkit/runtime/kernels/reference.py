@@ -52,7 +52,8 @@ class Reference:
         rows = max(1, ELEMENTS // layout.width)
         for first in range(0, layout.out, rows):
             part = {name: tensor[first : first + rows] for name, tensor in packed.items()}
-            yield self.unpack(part, layout).dequantize().to(dtype)
+            weight = self.unpack({**part, "scale": part["scale"].float()}, layout)  # or the product would be rounded
+            yield weight.dequantize().to(dtype)
 
 
 KERNEL = Reference()

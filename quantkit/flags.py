@@ -1,0 +1,16 @@
+"""The options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. (default: a GPU if there is one)")]
+Revision = Annotated[str | None, typer.Option(help="Revision on the Hub: a commit, branch or tag.")]
+Model = Annotated[str, typer.Argument(help="A directory, a Hub id (org/name), or an alias: quantkit list models.")]
+Output = Annotated[Path, typer.Argument(help="A directory that `quantkit quantize` wrote.")]
+Runtime = Annotated[
+    str | None,
+    typer.Option(help="dense unpacks the weights, as transformers does; packed computes with them packed."),
+]

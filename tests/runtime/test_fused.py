@@ -1,0 +1,108 @@
+"""Blocks that decode in two native calls compute what the blocks' own code does, and only where they may."""
+
+import pytest
+import torch
+from families import VOCABULARY, save_tiny, save_tokenizer
+from torch.nn.functional import silu
+
+from quantkit.api import quantize
+from quantkit.runtime import fused
+from quantkit.runtime.packed_model import load
+
+FAMILIES = pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])  # the last two with sliding windows
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """Return packed models of some families, by name."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            directory = tmp_path_factory.mktemp(family)
+            save_tiny(family, directory / "source")
+            save_tokenizer(directory / "source")
+            few = {"samples": 2, "seqlen": 16, "device": "cpu"}
+            quantize(directory / "source", output=directory / "w4", method="rtn", wbits=4, group_size=32, **few)
+            made[family] = directory / "w4"
+        return load(made[family], device="cpu")
+
+    return make
+
+
+def steps(model, tokens):
+    """Return the logits of each of `tokens` (1, count), decoded one after the other with a cache."""
+    cache, logits = None, []
+    for token in tokens.unbind(1):
+        output = model(token.unsqueeze(1), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits[:, -1])
+    return torch.cat(logits)
+
+
+@FAMILIES
+@torch.no_grad()
+def test_decoding_step_by_step_is_the_whole_at_once(packed, family):
+    model, tokens = packed(family), torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
+    whole = model(tokens, use_cache=False).logits[0]
+    assert (steps(model, tokens) - whole).abs().max() < 1e-3 * whole.std()
+
+
+@FAMILIES
+@torch.no_grad()
+def test_it_is_really_taken(packed, family, monkeypatch):
+    model = packed(family)
+    taken = []
+    call = fused._Step.__call__
+    monkeypatch.setattr(fused._Step, "__call__", lambda self, *args: taken.append(self.layer) or call(self, *args))
+    model(torch.tensor([[5]]), use_cache=True)
+    assert taken == [0, 1]
+    for tokens in (torch.tensor([[5, 6]]), torch.tensor([[5], [6]])):
+        model(tokens)
+    assert taken == [0, 1]
+
+
+@torch.no_grad()
+def test_hooks_masks_and_moves_take_the_blocks_own_code(packed, monkeypatch):
+    model, moved, token = packed("llama"), packed("llama"), torch.tensor([[5]])
+    expected = model(token).logits
+    monkeypatch.setattr(fused._Step, "__call__", lambda *args: pytest.fail("taken"))
+    seen = []
+    handle = model.model.layers[0].self_attn.register_forward_hook(lambda *args: seen.append(1))
+    layer = model.model.layers[1]
+    layer.mlp.down_proj.register_forward_pre_hook(lambda *args: seen.append(2))
+    torch.testing.assert_close(model(token).logits, expected, rtol=0, atol=1e-3)
+    assert seen == [1, 2]
+    handle.remove()
+    first, second = moved.model.layers
+    first.mlp.up_proj.codes = first.mlp.up_proj.codes.clone()
+    second.input_layernorm.weight = torch.nn.Parameter(second.input_layernorm.weight.clone())
+    torch.testing.assert_close(moved(token).logits, expected, rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_generation_is_the_same_without_it(packed, monkeypatch):
+    prompt = torch.tensor([[5, 9, 30]])
+    long = packed("llama").generate(prompt, max_new_tokens=20, do_sample=False)
+    monkeypatch.setattr(fused._Step, "is_valid", lambda *args: False)
+    assert torch.equal(packed("llama").generate(prompt, max_new_tokens=20, do_sample=False), long)
+
+
+@torch.no_grad()
+def test_a_block_that_computes_something_else_is_left_alone(packed):
+    model = packed("llama")
+    for layer in model.model.layers:
+        del layer.forward
+        layer.mlp.act_fn.forward = lambda values: silu(2 * values)
+    assert fused.fuse(list(model.model.layers)) == 0
+    assert "forward" not in vars(model.model.layers[0])
+
+
+@torch.no_grad()
+def test_long_contexts(packed):
+    model = packed("llama")
+    tokens = torch.randint(3, VOCABULARY, (1, 60), generator=torch.Generator().manual_seed(1))
+    first = model(tokens[:, :50], use_cache=True)
+    output = model(tokens[:, 50:51], past_key_values=first.past_key_values, use_cache=True).logits[0, -1]
+    whole = model(tokens[:, :51], use_cache=False).logits[0, -1]
+    assert (output - whole).abs().max() < 1e-3 * whole.std()
