@@ -10,7 +10,6 @@ token in float32 on a CPU takes this way; everything else takes the block's own 
 from collections.abc import Callable, Sequence
 from ctypes import byref, c_void_p, cast
 from functools import wraps
-from operator import getitem, is_
 from typing import Any
 
 import torch
@@ -82,14 +81,13 @@ class _Step:
             epsilon=before.variance_epsilon,
             scaling=attention.scaling,
         )
-        self.holders, self.names, self.values = zip(*self.held, strict=True)
         modules = list(block.modules())[1:]  # hooks of the block itself run around its forward, whichever it is
         self.hooks = [hooks for part in modules for hooks in (part._forward_hooks, part._forward_pre_hooks)]
 
     def is_valid(self, hidden: Tensor) -> bool:
         """Return whether this is what the block would compute: nothing moved, and nobody listens to its parts."""
         plain = hidden.dtype == torch.float32 and hidden.device.type == "cpu" and not torch.is_grad_enabled()
-        return plain and not any(self.hooks) and all(map(is_, map(getitem, self.holders, self.names), self.values))
+        return plain and not any(self.hooks) and all(holder[name] is value for holder, name, value in self.held)
 
     def __call__(self, hidden: Tensor, position: tuple[Tensor, Tensor], cache: Any) -> Tensor:  # noqa: ANN401
         """Return what the block makes of `hidden` (1, 1, features), with the cosines and sines of its position."""

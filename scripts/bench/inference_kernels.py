@@ -94,8 +94,7 @@ def packed(name: str, kernel: Kernel, weight: QuantizedTensor) -> Candidate:
     def multiply(x: Tensor, parts: Sequence[Tensor]) -> Tensor:
         return kernel.linear(x, dict(zip(names, parts, strict=True)), layout)
 
-    rounds = kernel is reference.KERNEL  # the weight to 16 bits, as a dense checkpoint has it
-    return Candidate(name, list(tensors.values()), multiply, weight.dequantize() if rounds else _exact(weight))
+    return Candidate(name, list(tensors.values()), multiply, _exact(weight))
 
 
 def torch_int4(weight: QuantizedTensor, dtype: torch.dtype) -> Candidate:
