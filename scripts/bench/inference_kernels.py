@@ -123,7 +123,6 @@ def numba_int4(weight: QuantizedTensor, threads: int) -> Candidate:
         import numba
     except ImportError:
         return Candidate(name, absent="numba is not installed")
-    numba.set_num_threads(threads)
 
     @numba.njit(parallel=True, fastmath=True)
     def product(x, sums, codes, scale, zero, y):  # noqa: ANN001, ANN202  numba infers them
@@ -150,6 +149,9 @@ def numba_int4(weight: QuantizedTensor, threads: int) -> Candidate:
             product(token.numpy(), sums.numpy(), *arrays, row.numpy())
         return result
 
+    numba.set_num_threads(threads)
+    multiply(torch.zeros(1, weight.codes.shape[1]), parts)
+    torch.set_num_threads(threads)  # numba's first product starts its threads, and sets OpenMP's number for all
     return Candidate(name, parts, multiply, _exact(weight))
 
 
