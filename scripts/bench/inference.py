@@ -97,7 +97,7 @@ def whole_model(args: argparse.Namespace) -> str:
     """Return the table of a whole model, for each number of threads."""
     kinds = [("ours", args.model, sys.executable)]
     if args.original:
-        kinds += [(kind, args.original, sys.executable) for kind in ("bfloat16", "float32")]
+        kinds += [(kind, args.original, sys.executable) for kind in args.dense]
     if args.gguf:
         kinds.append(("llama.cpp", args.gguf, args.llama_python))
     rows = []
@@ -153,6 +153,7 @@ def main() -> None:
     made.add_argument("--repeats", type=int, default=8, help="turns of each kernel; the best counts")
     made.add_argument("--model", type=Path, help="a packed checkpoint, for the table of a whole model")
     made.add_argument("--original", type=Path, help="the model it was made from")
+    made.add_argument("--dense", nargs="+", default=("bfloat16", "float32"), help="dtypes in which the original is run")
     made.add_argument("--gguf", type=Path, help="the same weights for llama.cpp")
     made.add_argument("--llama-python", default=sys.executable, help="the interpreter that has llama-cpp-python")
     made.add_argument("--rounds", type=int, default=2, help="processes of each runtime; the best counts")
