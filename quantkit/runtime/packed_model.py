@@ -14,6 +14,7 @@ from accelerate import dispatch_model, infer_auto_device_map
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from quantkit.calibrate.memory import release_freed
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import ModelError, UsageError
@@ -66,6 +67,7 @@ def load(
     if not _quantize_activations(model, schemes, heads=OWN in quantization):
         fuse(list(skeleton.blocks))
     model.eval().requires_grad_(False)
+    release_freed()  # packing leaves several times the weights behind
     return model
 
 

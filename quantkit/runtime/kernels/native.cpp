@@ -31,6 +31,7 @@ namespace {
 
 constexpr int LANES = 16, CHUNK = 32;
 constexpr int64_t SERIAL = 1 << 16;  // products that one thread has done before a second one has begun
+constexpr int64_t AHEAD = 4096;  // bytes: a page, at whose end processors stop to read ahead by themselves
 typedef float Float __attribute__((vector_size(64)));
 typedef int32_t Int __attribute__((vector_size(64)));
 typedef uint32_t Word __attribute__((vector_size(64)));
@@ -38,6 +39,9 @@ typedef uint16_t Half __attribute__((vector_size(32)));
 typedef uint8_t Byte __attribute__((vector_size(16)));
 typedef int8_t Bytes __attribute__((vector_size(16)));
 #define INLINE inline __attribute__((always_inline))
+
+// Ask for what a stream of reads will come to.
+INLINE void will_read(const void* now) { __builtin_prefetch(static_cast<const char*>(now) + AHEAD); }
 
 template <typename T>
 INLINE T load(const void* from) {
@@ -273,6 +277,7 @@ void panel_times_fixed(const Weight& w, int64_t panel, const Fixed& x, int64_t f
         for (const int64_t end = chunk + chunks_of_group; chunk < end; ++chunk, codes += BITS * LANES) {
             Word words[BITS];
             for (int i = 0; i < BITS; ++i) words[i] = load<Word>(codes + i * LANES);
+            for (int i = 0; i < BITS; ++i) will_read(codes + i * LANES);
             Int highs[TOKENS][2] = {}, lows[TOKENS][2] = {};  // two each: an addition waits for the one before
 #pragma GCC unroll 8
             for (int quad = 0; quad < 8; ++quad) {
@@ -405,11 +410,14 @@ void quantkit_dense(const uint16_t* weight, int64_t out, int64_t width, int64_t 
             const float* from = x + token * width;
             Float sum[4] = {};
             int64_t column = 0;
-            for (; column + 4 * LANES <= width; column += 4 * LANES)
+            for (; column + 4 * LANES <= width; column += 4 * LANES) {
+                will_read(values + column);
+                will_read(values + column + 2 * LANES);
 #pragma GCC unroll 4
                 for (int chain = 0; chain < 4; ++chain)
                     sum[chain] += load_scale(values + column + chain * LANES, half) *
                                   load<Float>(from + column + chain * LANES);
+            }
             for (; column + LANES <= width; column += LANES)
                 sum[0] += load_scale(values + column, half) * load<Float>(from + column);
             const Float all = (sum[0] + sum[1]) + (sum[2] + sum[3]);

@@ -22,7 +22,7 @@ LANES, CHUNK = 16, 32  # rows of a panel, columns of a chunk
 STEP = 8  # a group is whole steps
 ANY_BITS = 4  # of the library from which `dense_linear` is taken, in which codes play no part
 DENSE_TOKENS = 12  # more of them are faster through dense parts of a weight of 16 bits
-DENSE_BYTES = 2**20  # of a dense part: it should stay in the cache until it was multiplied
+DENSE_BYTES = 2**22  # of a dense part: it should stay in the cache until it was multiplied
 
 
 def planes(bits: int) -> list[int]:
@@ -135,7 +135,7 @@ def _few(dtype: torch.dtype, layout: Layout) -> float:
     """Return up to how many tokens decoding in registers is faster than dense parts; see docs/inference.md."""
     if _step(layout) != CHUNK or not library(layout.scheme.bits).quantkit_multiplies_bytes():
         return 12
-    return 64 if dtype == torch.bfloat16 else math.inf
+    return 128 if dtype == torch.bfloat16 else math.inf
 
 
 def _through_dense(inputs: Tensor, packed: Mapping[str, Tensor], layout: Layout) -> Tensor:
