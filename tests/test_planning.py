@@ -67,7 +67,8 @@ def test_bits_per_weight_count_scales_and_zero_points(plan):
     assert plan.bits_per_weight == pytest.approx(4 + (16 + 4) / 32)
 
 
-def test_predictions_grow_with_the_work():
+def test_predictions_grow_with_the_work(monkeypatch):
+    monkeypatch.setattr(costs, "machine_speed", lambda device: costs.Speed(rate=1e10, sweep=1e-9, call=1e-6))
     small, large = (quantkit.plan("tiny", samples=n, group_size=32, device="cpu") for n in (16, 1024))
     assert 0 < small.memory_bytes < large.memory_bytes
     assert 0 < small.seconds < large.seconds

@@ -20,11 +20,16 @@ KERNELS = {"cuda": "triton_gpu", "cpu": "native"}  # the fast one of each kind o
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def pick_kernel(device: torch.device, layout: Layout) -> Kernel:
-    """Return the fast kernel of `device`, or `reference` with a warning that says why it is not the fast one."""
+def pick_kernel(device: torch.device, layout: Layout, scale: torch.dtype) -> Kernel:
+    """Return the fast kernel of `device`, or `reference` with a warning that says why it is not the fast one.
+
+    Fast kernels read scales of 16 bits; `scale` is the dtype that these have.
+    """
     name = KERNELS.get(device.type)
     obstacle = f"there is no kernel for {device.type}"
-    if name is not None:
+    if scale not in HALVES:
+        obstacle = "its scales are not exact in 16 bits"
+    elif name is not None:
         kernel: Kernel = import_module(f"quantkit.runtime.kernels.{name}").KERNEL
         obstacle = kernel.obstacle(device, layout) or ""
         if not obstacle:
@@ -65,8 +70,7 @@ class PackedLinear(nn.Module):
         self.layout = Layout(out=rows, width=width, scheme=weight.scheme, transposed=transposed)
         self.in_features, self.out_features = (rows, width) if transposed else (width, rows)
         weight = _with_short_scale(weight)
-        exact = weight.scale.dtype in HALVES  # what the fast kernels read
-        self.kernel = kernel or (pick_kernel(weight.codes.device, self.layout) if exact else reference.KERNEL)
+        self.kernel = kernel or pick_kernel(weight.codes.device, self.layout, weight.scale.dtype)
         self._hold(weight)
         self.register_buffer("order", order)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -130,7 +134,7 @@ class PackedLinear(nn.Module):
             weight = self.unpack()
             for name in self._names:
                 del self._buffers[name]
-            self.kernel = pick_kernel(device, self.layout)
+            self.kernel = pick_kernel(device, self.layout, weight.scale.dtype)
             self._hold(weight)
         return self
 

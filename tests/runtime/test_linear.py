@@ -2,13 +2,15 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
 from packed import exact, random_weight, scheme
 from torch import nn
 
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitWarning, UsageError
+from quantkit.runtime import linear
 from quantkit.runtime.kernels import native, reference
 from quantkit.runtime.linear import HalfEmbedding, HalfLinear, PackedLinear, narrow_modules
 
@@ -81,20 +83,20 @@ def test_copies_and_state_dicts():
     assert torch.equal(copy.deepcopy(module)(inputs), module(inputs))
 
 
-@pytest.mark.parametrize("exactly", [True, False])
-def test_scales_of_float32(exactly):
-    """They become 16 bits where they can; else torch computes with them as they are."""
+def test_scales_of_float32_that_are_exact_in_sixteen_bits():
     weight = random_weight(16, 64, scheme(4, 32))
-    wide = torch.rand(16, 2, generator=GENERATOR)
-    weight = random_weight(16, 64, scheme(4, 32), dtype=torch.float32) if not exactly else weight
-    module = PackedLinear(weight if not exactly else _with_scale(weight, weight.scale.float()))
-    assert module.kernel is (native.KERNEL if exactly else reference.KERNEL)
-    assert torch.equal(module.unpack().scale.float(), weight.scale.float())
-    assert wide.dtype == torch.float32
+    module = PackedLinear(replace(weight, scale=weight.scale.float()))
+    assert module.kernel is native.KERNEL
+    assert torch.equal(module.unpack().scale, weight.scale)
 
 
-def _with_scale(weight, scale):
-    return type(weight)(codes=weight.codes, scale=scale, zero_point=weight.zero_point, scheme=weight.scheme)
+def test_other_scales_of_float32_are_kept_and_torch_computes():
+    linear._warn.cache_clear()
+    weight = random_weight(16, 64, scheme(4, 32), dtype=torch.float32)
+    with pytest.warns(QuantkitWarning, match="scales are not exact in 16 bits"):
+        module = PackedLinear(weight)
+    assert module.kernel is reference.KERNEL
+    assert torch.equal(module.unpack().scale, weight.scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
