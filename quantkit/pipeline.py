@@ -1,13 +1,10 @@
 """One run from a recipe to a directory: everything is refused in `prepare`, everything is computed in `execute`."""
 
 import json
-import platform
 import resource
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,18 +25,18 @@ from quantkit.evaluation.manifest import CHECK, RECIPE, REPORT, check_document, 
 from quantkit.exporters.compressed_tensors import CompressedTensors
 from quantkit.model import names
 from quantkit.model.block import Block
-from quantkit.model.checkpoint import SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint, side_files
+from quantkit.model.checkpoint import SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint, fingerprint, side_files
 from quantkit.model.device import pick_device
 from quantkit.model.names import Source
 from quantkit.model.rotation import Rotation
 from quantkit.model.skeleton import Skeleton
 from quantkit.model.writer import Writer, refuse_existing, refuse_full_disk
 from quantkit.planning import Plan, make_plan
+from quantkit.provenance import Timed, machine, tokens_sha256, versions
 from quantkit.recipe import Recipe
 from quantkit.workload import writing_batch
 
 _WRITTEN = {"config.json", RECIPE, REPORT, CHECK}
-_PACKAGES = ("quantkit", "torch", "transformers", "safetensors", "compressed-tensors")
 
 
 class Progress(Listener, Protocol):
@@ -111,16 +108,15 @@ def execute(
         ModelError: the weights are damaged.
     """
     progress = progress or Silent()
-    started = time.monotonic()
     _refuse_what_cannot_work(prepared, output, overwrite=overwrite)
     progress.planned(prepared.plan)
+    progress = watch = Timed(progress)
     tokens = _tokens(prepared, progress)
     progress.stage("downloading" if prepared.source.id else "opening weights")
     source = names.resolve(prepared.recipe.model, revision=prepared.recipe.revision)
     checkpoint = Checkpoint(source.path)
     progress.stage("verifying weights")
-    for _ in checkpoint.verify_finite():
-        pass
+    digests = fingerprint(source.path) | checkpoint.verify()
     if prepared.plan.budget:
         progress.stage("measuring")
         prepared = _spend(prepared, checkpoint, tokens, progress)
@@ -136,7 +132,7 @@ def execute(
             sink.emit_outer(changed)
         sink.copy_rest(dropped)
         hashes = writer.close_shards()
-        report = _report(prepared, reports, tokens, sink, hashes, time.monotonic() - started) | {"whole": whole}
+        report = _report(prepared, reports, tokens, sink, hashes, watch) | {"whole": whole, "source_sha256": digests}
         _write_side_files(prepared, writer, report, sample)
         writer.finish()
     _export(prepared.recipe, output, progress)
@@ -320,11 +316,12 @@ def _report(
     tokens: Tensor,
     sink: _Sink,
     hashes: Mapping[str, str],
-    seconds: float,
+    watch: Timed,
 ) -> dict[str, Any]:
     plan, recipe = prepared.plan, prepared.recipe
     return {
-        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(),
+        "machine": machine(plan.device),
         "source": {"model": recipe.model, "id": prepared.source.id, "revision": prepared.source.revision},
         "scheme": plan.scheme,
         "method": " + ".join(recipe.passes),
@@ -332,7 +329,12 @@ def _report(
         "notes": list(plan.notes),
         "seed": recipe.seed,
         "device": str(plan.device),
-        "calibration": {"text": recipe.calibration.text, "samples": len(tokens), "seqlen": plan.seqlen},
+        "calibration": {
+            "text": recipe.calibration.text,
+            "samples": len(tokens),
+            "seqlen": plan.seqlen,
+            "sha256": tokens_sha256(tokens),
+        },
         "parameters": plan.parameters,
         "quantized_parameters": plan.quantized_parameters,
         "bits_per_weight": plan.bits_per_weight,
@@ -346,7 +348,8 @@ def _report(
             "output_bytes": sink.writer.bytes,
             "memory_bytes": peak_memory(),
             "device_bytes": torch.cuda.max_memory_allocated(plan.device) if plan.device.type == "cuda" else 0,
-            "seconds": seconds,
+            "seconds": watch.seconds,
+            "stages": watch.stages,
         },
         "blocks": [asdict(block) for block in blocks],
         **({"allocation": plan.allocation.facts()} if plan.allocation else {}),

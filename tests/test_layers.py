@@ -19,7 +19,7 @@ LEVELS = [
     {"methods", "presets"},
     {"recipe"},
     {"workload"},
-    {"costs", "allocation", "conversion"},
+    {"costs", "allocation", "conversion", "provenance"},
     {"planning"},
     {"pipeline"},
     {"api", "catalogue", "display"},

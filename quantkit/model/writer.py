@@ -6,7 +6,6 @@ it was.
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from quantkit.errors import OutputError
 from quantkit.model.checkpoint import INDEX
+from quantkit.model.integrity import sha256
 
 SHARD_BYTES = 2**30
 
@@ -119,7 +119,7 @@ class Writer:
         with clear_disk_errors(self.output):
             for shard, name in zip(self._shards, names, strict=True):
                 shard.rename(self.directory / name)
-            return {name: _sha256(self.directory / name) for name in names}
+            return {name: sha256(self.directory / name) for name in names}
 
     def finish(self) -> None:
         """Move the directory, whose shards are closed, into the place of the output.
@@ -180,11 +180,6 @@ def _replace(directory: Path, output: Path) -> None:
         old.rename(output)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _bytes(tensor: Tensor) -> int:
