@@ -99,7 +99,7 @@ def execute(
         try:
             return _run(prepared, place, journal, progress, stop, overwrite=overwrite)
         except BaseException as error:
-            if journal.begun:
+            if journal.begun and "--restart" not in str(error):  # which says that it cannot go on
                 done = f", behind block {journal.finished - 1}" if journal.finished else ""
                 error.add_note(f"the same command goes on{done}")
             raise

@@ -95,8 +95,9 @@ class Workspace:
             self.remove()
 
     def remove(self) -> None:
-        """Remove the directory and what is left in it."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Remove the directory and what is left in it; `run` last, by which another process knows what was begun."""
+        for path in (self.made, self.blocks, self.directory / "old", self.run, self.directory):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def place_of(output: Path) -> Path:
