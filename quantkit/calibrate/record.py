@@ -5,7 +5,7 @@ computed in the blocks, no exception stops the model, and blocks that are called
 (Gemma's sliding and full attention masks) each keep their own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,19 +29,26 @@ class Recording:
         arguments: per batch, per block, the other arguments; equal tensors are stored once.
     """
 
-    hidden: list[Tensor]
+    hidden: MutableSequence[Tensor]
     arguments: list[list[Arguments]]
 
 
 @torch.no_grad()
-def record(skeleton: Skeleton, batches: Sequence[Tensor], device: torch.device) -> Recording:
+def record(
+    skeleton: Skeleton,
+    batches: Sequence[Tensor],
+    device: torch.device,
+    hidden: MutableSequence[Tensor] | None = None,
+) -> Recording:
     """Run the skeleton, whose outer weights are loaded, on token batches (batch, tokens) int64.
+
+    Hidden states are appended to `hidden`, which keeps them; None: to a list.
 
     Raises:
         ModelError: the model does more between its blocks than to hand one's output to the next.
     """
     returns_tuple = _blocks_return_tuple(skeleton, device)
-    recording = Recording([], [])
+    recording = Recording([] if hidden is None else hidden, [])
     shared: list[Tensor] = []
     for tokens in batches:
         chain = _Chain(shared)
