@@ -71,7 +71,7 @@ class Streams:
         size = _in_pages(tensor.nbytes)
         free = self._free[size]
         place = free.pop() if free else self.spilled
-        rest, end = memoryview(tensor.flatten().view(torch.uint8).numpy()), place
+        rest, end = tensor.flatten().view(torch.uint8).numpy().data, place
         try:
             while rest:  # a disk that is almost full takes a part
                 done = os.pwrite(self._fileno(), rest, end)
@@ -136,7 +136,7 @@ class Stream(MutableSequence[Tensor]):
         return type(self)(self.streams, self.dtype, list(self._chunks))
 
     def _kept(self, value: Tensor) -> "_Held | _Spilled":
-        return self.streams.keep(value.detach().to("cpu", self.dtype).contiguous())
+        return self.streams.keep(value.to("cpu", self.dtype).detach().contiguous())
 
 
 class _Held:
