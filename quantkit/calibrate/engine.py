@@ -6,7 +6,7 @@ the codes of all blocks.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.passes import Pass, Window
 from quantkit.calibrate.record import finish, make_head, record
+from quantkit.calibrate.streams import Streams
 from quantkit.calibrate.walk import BlockReport, Listener, Walk
 from quantkit.core.scheme import QuantScheme
 from quantkit.model.activations import Activations
@@ -71,6 +72,7 @@ class Engine:
         device: where blocks are computed.
         seed: seed of everything random.
         rotation: rotates the residual stream of the model, of both streams alike; None: no rotation.
+        streams: where the hidden states between blocks are kept.
     """
 
     skeleton: Skeleton
@@ -81,6 +83,7 @@ class Engine:
     device: torch.device
     seed: int = 0
     rotation: Rotation | None = None
+    streams: Streams = field(default_factory=Streams)
 
     @property
     def storage(self) -> torch.dtype:
@@ -107,12 +110,11 @@ class Engine:
         Returns:
             One report per block, and logits of the finished model on the first sequences.
         """
+        actual = self.streams.new(self.storage)
         with self.outer_weights():
-            recording = record(self.skeleton, batches, self.device)
-        actual = [hidden.to(self.storage) for hidden in recording.hidden]
-        recording.hidden.clear()  # the streams move on; what they were need not stay in memory
+            recording = record(self.skeleton, batches, self.device, actual)
         whole = [step for step in self.passes if not step.blocks_at_once]
-        start = list(actual) if whole else []
+        start = actual.copy() if whole else actual[:0]
         plain = actual[: -(-CHECK_SEQUENCES // batches[0].shape[0])]  # batches that hold that many sequences
         walk = Walk(
             self.load,
@@ -121,7 +123,6 @@ class Engine:
             actual,
             plain,
             device=self.device,
-            storage=self.storage,
             seed=self.seed,
             listener=listener,
         )
@@ -134,9 +135,8 @@ class Engine:
             plain = start[: len(plain)]
             for place, block in enumerate(finished):  # one block's weights at a time
                 weights = dense(block.sites)
-                plain = [
-                    window.step(place, n, h.to(self.device), weights).to(self.storage) for n, h in enumerate(plain)
-                ]
+                for batch, hidden in enumerate(plain):
+                    plain[batch] = window.step(place, batch, hidden.to(self.device), weights)
             for block in finished:
                 emit(block)
         return reports, self._check_sample(batches, plain)
@@ -245,7 +245,10 @@ class Engine:
         hidden = torch.cat([batch[:, :CHECK_TOKENS] for batch in plain])[:CHECK_SEQUENCES].float()
         with self.outer_weights():
             # one sequence at a time: a large vocabulary makes logits the largest tensor of the whole run
-            logits = [finish(self.skeleton, tokens[i : i + 1], hidden[i : i + 1]).cpu() for i in range(len(tokens))]
+            logits = [
+                finish(self.skeleton, tokens[i : i + 1], hidden[i : i + 1].to(self.device)).cpu()
+                for i in range(len(tokens))
+            ]
         return CheckSample(tokens=tokens, logits=torch.cat(logits))
 
 

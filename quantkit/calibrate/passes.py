@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from quantkit.calibrate.streams import Streams
 from quantkit.model.block import Arguments, Block, Site
 
 
@@ -31,7 +32,7 @@ class Window:
     Attributes:
         blocks: the blocks, their weights in float32.
         inputs: the actual stream, what the quantized blocks before this window produce; one tensor
-            (batch, tokens, width) per batch.
+            (batch, tokens, width) per batch, on the host wherever the blocks are.
         references: per block of the window, the reference stream after it, what the original model produces there;
             per batch as `inputs`.
         arguments: per batch, per block of the window, the other arguments of the block.
@@ -40,6 +41,7 @@ class Window:
         error_rtn: the window's error with plain round-to-nearest weights, the bar for every method.
         seed: seed of everything random.
         amp: compute matrix products in bfloat16 on a CPU too, as a pass may want while it trains.
+        streams: where a pass keeps what it computes for all batches.
         head: for a window of the whole model (batch, row, hidden (1, tokens, width)) → logits (1, tokens, vocabulary)
             float32 of the row's sequence; gradients flow to `hidden`.
         notes: what a pass wants to see in the report, one value per name.
@@ -55,6 +57,7 @@ class Window:
     error_rtn: float = 0.0
     seed: int = 0
     amp: bool = False
+    streams: Streams = field(default_factory=Streams)
     head: Callable[[int, int, Tensor], Tensor] | None = None
     notes: dict[str, object] = field(default_factory=dict)
     tick: Callable[[float], None] = lambda share: None  # noqa: ARG005

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.passes import Pass, Window
+from quantkit.calibrate.streams import Stream
 from quantkit.core.affine import round_to_nearest
 from quantkit.model.block import Arguments, Block, Site
 
@@ -60,11 +61,10 @@ class Walk:
         load: Callable[[int], Block],
         passes: Sequence[Pass],
         arguments: Sequence[Sequence[Arguments]],
-        actual: list[Tensor],
-        plain: list[Tensor],
+        actual: Stream,
+        plain: Stream,
         *,
         device: torch.device,
-        storage: torch.dtype,
         seed: int,
         listener: Listener,
     ) -> None:
@@ -77,19 +77,18 @@ class Walk:
             actual: the hidden states before block 0; advanced in place.
             plain: its head, for the check sample; advanced in place.
             device: where blocks are computed.
-            storage: dtype of the streams.
             seed: seed of everything random.
             listener: told about progress.
         """
         self.load, self.passes, self.arguments = load, passes, arguments
         self.actual, self.plain = actual, plain
-        self.device, self.storage, self.seed, self.listener = device, storage, seed, listener
+        self.device, self.seed, self.listener = device, seed, listener
         self.total = len(arguments[0])
         self.span = min(self.total, max(step.blocks_at_once for step in passes))
         self.blocks: list[Block] = []
-        self.references: list[list[Tensor]] = []
+        self.references: list[Stream] = []
         self.notes: Mapping[str, object] = {}  # those of the last window; they hold for all that was decided there
-        self.last = list(actual)  # the reference stream after the last block that was loaded; both begin as one
+        self.last = actual.copy()  # the reference stream after the last block that was loaded; both begin as one
 
     def advance(self, index: int) -> tuple[Block, BlockReport]:
         """Finish block `index`, the first of the window, and let the window slide behind it."""
@@ -104,7 +103,7 @@ class Walk:
         _use_quantized(block)
 
         def keep(batch: int, output: Tensor) -> None:
-            self.actual[batch] = output.to(self.storage)
+            self.actual[batch] = output
 
         error = alone.error(keep=keep)
         self._advance_plain(alone)
@@ -123,7 +122,7 @@ class Walk:
         _use_quantized(block)
         alone = self._window(index, count=1)
         for batch in range(len(self.actual)):
-            self.actual[batch] = alone.forward(batch, student=True).to(self.storage)
+            self.actual[batch] = alone.forward(batch, student=True)
         self._advance_plain(alone)
         self.blocks.clear()
         self.references.clear()
@@ -144,8 +143,7 @@ class Walk:
         """Advance the stream of the check sample: the actual one, but for quantized activations."""
         separate = any(site.scheme.quantizes_activations for site in window.sites)
         for batch, hidden in enumerate(self.plain):
-            output = window.forward(batch, hidden=hidden) if separate else self.actual[batch]
-            self.plain[batch] = output.to(self.storage)
+            self.plain[batch] = window.forward(batch, hidden=hidden) if separate else self.actual[batch]
 
     def _optimise(self, index: int, fresh: int, error_rtn: float) -> Mapping[str, object]:
         """Apply the passes to the window; `error_rtn` is that of its first block."""
@@ -165,6 +163,7 @@ class Walk:
             device=self.device,
             fresh=0,
             seed=self.seed,
+            streams=self.actual.streams,
             tick=lambda share: self.listener.progress(self.total * share, self.total),
         )
 
@@ -173,12 +172,12 @@ class Walk:
         """Load a block behind the window and advance the reference stream through it."""
         self.blocks.append(self.load(index))
         if self.references:  # an earlier block of the window still needs the stream that is left behind
-            self.last = list(self.last)
+            self.last = self.last.copy()
         self.references.append(self.last)
         place = len(self.blocks) - 1
         alone = self._window(index, count=1, first=place)
         for batch, hidden in enumerate(self.last):
-            self.last[batch] = alone.forward(batch, hidden=hidden).to(self.storage)
+            self.last[batch] = alone.forward(batch, hidden=hidden)
 
     def _window(self, index: int, *, count: int, first: int = 0, fresh: int = 0) -> Window:
         return Window(
@@ -189,6 +188,7 @@ class Walk:
             device=self.device,
             fresh=fresh,
             seed=self.seed,
+            streams=self.actual.streams,
             tick=lambda share: self.listener.progress(index + share, self.total),
         )
 

@@ -287,9 +287,8 @@ class OmniQuant:
         """Return what the original blocks make of the actual stream, per batch; nothing without `aug_loss`."""
         if not self.aug_loss:
             return []
-        return [
-            window.forward(batch, student=False).to(window.targets[batch].dtype) for batch in range(len(window.inputs))
-        ]
+        outputs = (window.forward(batch) for batch in range(len(window.inputs)))
+        return window.streams.new(window.targets[0].dtype, outputs)
 
 
 def _kept(site: Site, quantizer: WeightQuantizer) -> dict[str, Tensor]:
