@@ -2,8 +2,6 @@
 
 import json
 import platform
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +17,7 @@ from quantkit.calibrate.engine import CheckSample, Engine
 from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.self_text import sample_tokens
 from quantkit.calibrate.sensitivity import SHRINK, Sensitivity
+from quantkit.calibrate.streams import Streams
 from quantkit.calibrate.text import SELF, read_text
 from quantkit.calibrate.walk import BlockReport, Listener
 from quantkit.conversion import export, further, refuse_unfit
@@ -26,6 +25,7 @@ from quantkit.errors import DataError, OutputError, UsageError
 from quantkit.evaluation.loading import load_model
 from quantkit.evaluation.manifest import CHECK, RECIPE, REPORT, check_document, tensor_manifest
 from quantkit.exporters.compressed_tensors import CompressedTensors
+from quantkit.host import peak_memory
 from quantkit.model import names
 from quantkit.model.block import Block
 from quantkit.model.checkpoint import SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint, side_files
@@ -83,8 +83,10 @@ class Prepared:
     rotation: Rotation | None = None
 
 
-def prepare(recipe: Recipe, device: str | None = None) -> Prepared:
+def prepare(recipe: Recipe, device: str | None = None, memory: int | None = None) -> Prepared:
     """Look at the model without its weights and refuse what cannot work.
+
+    `memory` is the most host memory in bytes that the run may take, None: a share of what is free.
 
     Raises:
         UsageError, ModelError, NetworkError: see `names.resolve`, `Skeleton`, `make_plan`, `conversion.refuse_unfit`.
@@ -93,7 +95,7 @@ def prepare(recipe: Recipe, device: str | None = None) -> Prepared:
     source = names.resolve(recipe.model, revision=recipe.revision, weights=False)
     recipe = replace(recipe, revision=source.revision)
     skeleton = Skeleton(source.path)
-    plan = make_plan(skeleton, recipe, pick_device(device))
+    plan = make_plan(skeleton, recipe, pick_device(device), memory)
     _refuse_formats(recipe, source, plan)
     rotation = Rotation.of(skeleton, recipe.seed) if recipe.rotate else None
     return Prepared(recipe=recipe, source=source, skeleton=skeleton, plan=plan, rotation=rotation)
@@ -127,7 +129,7 @@ def execute(
     progress.stage("calibrating")
     with Writer(output, overwrite=overwrite) as writer:
         sink = _Sink(prepared, checkpoint, writer)
-        engine = _engine(prepared, checkpoint)
+        engine = _engine(prepared, checkpoint, Streams(prepared.plan.stream_bytes, writer.directory))
         dropped = _tied_duplicate(prepared.skeleton, checkpoint)
         batches, whole = tokens.split(prepared.recipe.calibration.batch_size), dict[str, Any]()
         reports, sample = engine.run(batches, sink.emit, progress, whole)
@@ -136,7 +138,10 @@ def execute(
             sink.emit_outer(changed)
         sink.copy_rest(dropped)
         hashes = writer.close_shards()
-        report = _report(prepared, reports, tokens, sink, hashes, time.monotonic() - started) | {"whole": whole}
+        report = _report(prepared, reports, tokens, sink, hashes) | {
+            "measured": _measured(prepared.plan, writer.bytes, engine.streams.spilled, time.monotonic() - started),
+            "whole": whole,
+        }
         _write_side_files(prepared, writer, report, sample)
         writer.finish()
     _export(prepared.recipe, output, progress)
@@ -158,8 +163,7 @@ def _refuse_formats(recipe: Recipe, source: Source, plan: Plan) -> None:
 def _refuse_what_cannot_work(prepared: Prepared, output: Path, *, overwrite: bool) -> None:
     refuse_existing(output, overwrite=overwrite)
     _refuse_source(output, prepared.source.path)
-    # other formats of the same codes have about the same size
-    refuse_full_disk(output, prepared.plan.output_bytes * (1 + len(further(prepared.recipe.formats))))
+    refuse_full_disk(output, prepared.plan.disk_bytes)
     if prepared.plan.refusal:
         raise UsageError(prepared.plan.refusal)
 
@@ -183,7 +187,7 @@ def _spend(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, progress:
     return replace(prepared, plan=spent)
 
 
-def _engine(prepared: Prepared, checkpoint: Checkpoint) -> Engine:
+def _engine(prepared: Prepared, checkpoint: Checkpoint, streams: Streams) -> Engine:
     return Engine(
         skeleton=prepared.skeleton,
         checkpoint=checkpoint,
@@ -193,6 +197,7 @@ def _engine(prepared: Prepared, checkpoint: Checkpoint) -> Engine:
         device=prepared.plan.device,
         seed=prepared.recipe.seed,
         rotation=prepared.rotation,
+        streams=streams,
     )
 
 
@@ -320,7 +325,6 @@ def _report(
     tokens: Tensor,
     sink: _Sink,
     hashes: Mapping[str, str],
-    seconds: float,
 ) -> dict[str, Any]:
     plan, recipe = prepared.plan, prepared.recipe
     return {
@@ -338,16 +342,13 @@ def _report(
         "bits_per_weight": plan.bits_per_weight,
         "predicted": {
             "output_bytes": plan.output_bytes,
+            "spilled_bytes": plan.spilled_bytes,
+            "disk_bytes": plan.output_bytes + plan.spilled_bytes,
             "memory_bytes": plan.memory_bytes,
             "device_bytes": plan.device_bytes,
             "seconds": plan.seconds,
         },
-        "measured": {
-            "output_bytes": sink.writer.bytes,
-            "memory_bytes": peak_memory(),
-            "device_bytes": torch.cuda.max_memory_allocated(plan.device) if plan.device.type == "cuda" else 0,
-            "seconds": seconds,
-        },
+        "memory_limit": plan.memory_limit,
         "blocks": [asdict(block) for block in blocks],
         **({"allocation": plan.allocation.facts()} if plan.allocation else {}),
         "sites": list(plan.schemes),
@@ -356,10 +357,16 @@ def _report(
     }
 
 
-def peak_memory() -> int:
-    """Return the peak resident memory of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _measured(plan: Plan, written: int, spilled: int, seconds: float) -> dict[str, float]:
+    """Return what happened, beside the predictions of the same names."""
+    return {
+        "output_bytes": written,
+        "spilled_bytes": spilled,
+        "disk_bytes": written + spilled,
+        "memory_bytes": peak_memory(),
+        "device_bytes": torch.cuda.max_memory_allocated(plan.device) if plan.device.type == "cuda" else 0,
+        "seconds": seconds,
+    }
 
 
 def _refuse_source(output: Path, source: Path) -> None:
