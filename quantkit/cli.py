@@ -15,6 +15,7 @@ from quantkit import display, judging
 from quantkit.errors import CheckFailure, UsageError, nearest
 from quantkit.failures import OneLine, errors
 from quantkit.flags import Device, Json, Output, Revision
+from quantkit.interrupts import asked_once
 from quantkit.units import parse_size
 
 app = typer.Typer(
@@ -145,6 +146,10 @@ def quantize(
         bool,
         typer.Option("--overwrite", help="Replace OUTPUT; the old one is kept until the new one is whole."),
     ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Begin anew instead of going on with an interrupted run of the same OUTPUT."),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the plan (sites, sizes, memory, disk, time); compute nothing."),
@@ -156,6 +161,8 @@ def quantize(
     quantkit quantize llama-7b --wbits 4 -o llama-7b-w4
 
     quantkit quantize tiny --wbits 3 --group-size 32 --calibration embedded --seqlen 128 -o tiny-w3
+
+    A run that was cut off, by whatever, goes on behind its last finished block when the same command is started again.
     """
     with errors(as_json):
         from quantkit.pipeline import execute, prepare  # torch takes seconds to import: not for --help
@@ -199,8 +206,11 @@ def quantize(
         if dry_run or output is None:
             display.plan(prepared.plan, prepared.recipe, as_json=as_json)
             return
-        with display.QuantizeProgress(prepared.recipe, quiet=as_json) as progress:
-            report = execute(prepared, output, overwrite=overwrite, progress=progress)
+        with (
+            display.QuantizeProgress(prepared.recipe, quiet=as_json) as progress,
+            asked_once(display.warned) as stop,
+        ):
+            report = execute(prepared, output, overwrite=overwrite, restart=restart, progress=progress, stop=stop)
         display.quantized(output, report, as_json=as_json)
 
 

@@ -178,6 +178,15 @@ def stream_bytes(work: Workload) -> int:
     return work.streams * work.samples * work.seqlen * work.width * (2 if work.on_gpu else 4)
 
 
+def kept_bytes(work: Workload, packed: int) -> int:
+    """Return what is kept on the disk to go on from, beside the weights, of which the linears take `packed` bytes.
+
+    Blocks wait there for a pass over the whole model; of a window that slides the blocks that stay in it are kept.
+    """
+    staged = packed if work.whole is not None else 0
+    return staged + 8 * work.samples * work.seqlen + (work.window - 1) * 4 * (work.block_parameters + work.trained)
+
+
 def batch_bytes(work: Workload) -> int:
     """Return the size of one batch of a stream."""
     return work.batch_size * work.seqlen * work.width * (2 if work.on_gpu else 4)

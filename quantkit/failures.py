@@ -62,14 +62,20 @@ def errors(as_json: bool) -> Iterator[None]:
             warnings.showwarning = lambda message, *_: display.warned(str(message))
             yield
     except QuantkitError as error:
-        display.failed(str(error), error.exit_code, as_json=as_json)
+        display.failed(_with_notes(str(error), error), error.exit_code, as_json=as_json)
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        display.failed("interrupted; nothing was written", 130, as_json=as_json)
+    except KeyboardInterrupt as error:
+        kept = _with_notes("interrupted", error)
+        display.failed(kept if ";" in kept else f"{kept}; nothing was written", 130, as_json=as_json)
         raise typer.Exit(130) from None
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
             raise
         hint = "lower --samples, --seqlen or --batch-size (quantkit quantize --dry-run predicts the peak)"
-        display.failed(f"out of memory; {hint}", 1, as_json=as_json)
+        display.failed(_with_notes(f"out of memory; {hint}", error), 1, as_json=as_json)
         raise typer.Exit(1) from None
+
+
+def _with_notes(message: str, error: BaseException) -> str:
+    """Return the message with what the error's notes say of going on."""
+    return "; ".join([message, *getattr(error, "__notes__", ())])

@@ -67,6 +67,7 @@ class Plan:
         device: where blocks are computed.
         output_bytes: predicted size of the written weights.
         formats: further formats, each about as large.
+        kept_bytes: predicted size of what is kept on the disk to go on from.
         stream_bytes: how much of the hidden states between blocks may stay in memory.
         spilled_bytes: how much more of them there is predicted to be, which goes to the disk.
         memory_bytes: predicted peak of resident host memory.
@@ -95,6 +96,7 @@ class Plan:
     scale_dtype: torch.dtype
     device: torch.device
     output_bytes: int
+    kept_bytes: int
     stream_bytes: int
     spilled_bytes: int
     memory_bytes: int
@@ -109,9 +111,14 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
+    def calibration_bytes(self) -> int:
+        """What the disk has to hold during calibration: weights, what is kept to go on from, what is spilled."""
+        return self.output_bytes + self.kept_bytes + self.spilled_bytes
+
+    @property
     def disk_bytes(self) -> int:
-        """What the disk has to hold: the weights, and either what is spilled or, after it, further formats."""
-        return self.output_bytes + max(self.spilled_bytes, self.output_bytes * len(self.formats))
+        """What the disk has to hold at the peak: further formats take the place of what was spilled."""
+        return max(self.calibration_bytes, self.output_bytes * (1 + len(self.formats)) + self.kept_bytes)
 
     @property
     def quantized_parameters(self) -> int:
@@ -176,6 +183,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device, memory: 
         scale_dtype=scale_dtype(skeleton),
         device=device,
         output_bytes=packed + (parameters - quantized) * work.stored_bytes,
+        kept_bytes=costs.kept_bytes(work, packed),
         stream_bytes=limits.held(work),
         spilled_bytes=limits.spilled(work),
         memory_bytes=limits.memory_of(work),

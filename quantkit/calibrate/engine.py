@@ -7,6 +7,7 @@ the codes of all blocks.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +38,25 @@ class CheckSample:
 
     tokens: Tensor
     logits: Tensor
+
+
+class Keeper(Protocol):
+    """Who keeps what is finished, so that another process can go on behind it.
+
+    Attributes:
+        finished: how many blocks an earlier process finished.
+    """
+
+    finished: int
+
+    def restore(self, block: Block) -> BlockReport:
+        """Give a finished block what was decided about it."""
+
+    def reopen(self, blocks: Sequence[Block]) -> Mapping[str, object]:
+        """Give the blocks that were in the window with the last finished one what they had; return that one's notes."""
+
+    def keep(self, block: Block, report: BlockReport, walk: Walk) -> None:
+        """Keep a block that is finished, and what is in the window of `walk` with it; compare one that was kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +96,7 @@ class Engine:
         emit: Callable[[Block], None],
         listener: Listener,
         notes: dict[str, object] | None = None,
+        keeper: Keeper | None = None,
     ) -> tuple[list[BlockReport], CheckSample]:
         """Walk over all blocks.
 
@@ -84,6 +105,7 @@ class Engine:
             emit: receives every finished block while it is still in memory.
             listener: told about progress.
             notes: receives what the passes over the whole model note.
+            keeper: keeps what is finished, and has what an earlier process finished; None: nobody does.
 
         Returns:
             One report per block, and logits of the finished model on the first sequences.
@@ -104,19 +126,7 @@ class Engine:
             seed=self.seed,
             listener=listener,
         )
-        reports, finished = [], []
-        for index in range(len(self.skeleton.blocks)):
-            block, report = walk.advance(index)
-            reports.append(report)
-            if whole:
-                _drop_dense(block)
-                finished.append(block)
-            else:
-                emit(block)
-            del block
-            release_freed()
-            listener.block(report)
-            listener.progress(index + 1, len(self.skeleton.blocks))
+        reports, finished = self._finish_blocks(walk, emit, listener, keeper, whole=bool(whole))
         if whole:
             window = walk.whole(finished, start)
             listener.stage("distilling")
@@ -130,6 +140,36 @@ class Engine:
             for block in finished:
                 emit(block)
         return reports, self._check_sample(batches, plain)
+
+    def _finish_blocks(
+        self, walk: Walk, emit: Callable[[Block], None], listener: Listener, keeper: Keeper | None, *, whole: bool
+    ) -> tuple[list[BlockReport], list[Block]]:
+        """Finish one block after the other; return their reports, and for passes over the whole model the blocks."""
+        reports, blocks = [], []
+        before, total = keeper.finished if keeper else 0, len(self.skeleton.blocks)
+        if before:
+            listener.stage("catching up")
+        for index in range(total):
+            if keeper and index < before:
+                block, report = walk.replay(index, keeper.restore)
+            else:
+                if keeper and index == before > 0:
+                    listener.stage("calibrating")
+                    walk.reopen(index, keeper.reopen)
+                block, report = walk.advance(index)
+                if not whole:
+                    emit(block)
+                listener.block(report)
+            if keeper:
+                keeper.keep(block, report, walk)
+            reports.append(report)
+            if whole:
+                _drop_dense(block)
+                blocks.append(block)
+            del block
+            release_freed()
+            listener.progress(index + 1, total)
+        return reports, blocks
 
     def _apply_to_whole(self, passes: Sequence[Pass], window: Window, batches: Sequence[Tensor]) -> None:
         """Apply the passes that need the model from end to end."""

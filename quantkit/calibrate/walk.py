@@ -100,9 +100,7 @@ class Walk:
         error_rtn = alone.error(rounded_to_nearest(block.sites))
         if fresh:
             self.notes = self._optimise(index, fresh, error_rtn)
-        for site in block.sites:
-            assert site.quantized is not None, f"no pass rounded {site.name}"
-            site.weight.data = site.quantized.dequantize().to(site.weight.dtype)
+        _use_quantized(block)
 
         def keep(batch: int, output: Tensor) -> None:
             self.actual[batch] = output
@@ -111,6 +109,34 @@ class Walk:
         self._advance_plain(alone)
         del self.blocks[0], self.references[0]
         return block, BlockReport(index=index, error_rtn=error_rtn, error=error, notes=self.notes)
+
+    @torch.no_grad()
+    def replay(self, index: int, restore: Callable[[Block], BlockReport]) -> tuple[Block, BlockReport]:
+        """Go past block `index`, which an earlier process finished, by the same operations, so that bytes are the same.
+
+        `restore` gives the block what was decided about it.
+        """
+        self._take_in(index)
+        (block,) = self.blocks
+        report = restore(block)
+        _use_quantized(block)
+        alone = self._window(index, count=1)
+        for batch in range(len(self.actual)):
+            self.actual[batch] = alone.forward(batch, student=True)
+        self._advance_plain(alone)
+        self.blocks.clear()
+        self.references.clear()
+        return block, report
+
+    def reopen(self, index: int, restore: Callable[[Sequence[Block]], Mapping[str, object]]) -> None:
+        """Take in what was in the window when block `index` was the next to be finished.
+
+        `restore` gives the blocks what was decided about them so far, and returns the notes of that window.
+        """
+        while len(self.blocks) < min(self.span - 1, self.total - index):
+            self._take_in(index + len(self.blocks))
+        if self.blocks:
+            self.notes = restore(self.blocks)
 
     @torch.no_grad()
     def _advance_plain(self, window: Window) -> None:
@@ -165,6 +191,13 @@ class Walk:
             streams=self.actual.streams,
             tick=lambda share: self.listener.progress(index + share, self.total),
         )
+
+
+def _use_quantized(block: Block) -> None:
+    """Put what the sites' codes stand for in the place of their weights."""
+    for site in block.sites:
+        assert site.quantized is not None, f"no pass rounded {site.name}"
+        site.weight.data = site.quantized.dequantize().to(site.weight.dtype)
 
 
 def rounded_to_nearest(sites: Sequence[Site]) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ from quantkit.core.scheme import QuantScheme
 from quantkit.model.activations import Activations
 from quantkit.model.architecture import Architecture, HasTextConfig
 
+_PARTS = ("codes", "scale", "zero_point")  # of a QuantizedTensor
+
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
@@ -36,7 +38,7 @@ class Site:
         scheme: what the weight becomes.
         scale_dtype: dtype in which scales are stored.
         quantized: the result, None until a rounding pass ran.
-        learned: what a pass keeps for the next window that holds the site, None at first.
+        learned: what a pass keeps for the next window that holds the site, tensors by name; None at first.
     """
 
     name: str
@@ -46,7 +48,7 @@ class Site:
     scheme: QuantScheme
     scale_dtype: torch.dtype
     quantized: QuantizedTensor | None = None
-    learned: Any = None
+    learned: Mapping[str, Tensor] | None = None
 
     @property
     def parameter(self) -> str:
@@ -92,6 +94,31 @@ class Block:
     architecture: Architecture | None = None
     config: HasTextConfig | None = None
     activations: Activations | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that passes may have changed or decided but `changed`: parameters, codes, what is learned."""
+        tensors = {f"parameter/{name}": parameter.detach() for name, parameter in self.module.named_parameters()}
+        for site in self.sites:
+            for part in _PARTS if site.quantized else ():
+                value = getattr(site.quantized, part)
+                if value is not None:
+                    tensors[f"{part}/{site.local_name}"] = value
+            tensors |= {f"learned/{site.local_name}/{key}": value for key, value in (site.learned or {}).items()}
+        return tensors
+
+    def set_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state` returned for the same block."""
+        for name, parameter in self.module.named_parameters():
+            parameter.data = tensors[f"parameter/{name}"].to(parameter)
+        for site in self.sites:
+            device, prefix = site.weight.device, f"learned/{site.local_name}/"
+            parts: dict[str, Any] = dict.fromkeys(_PARTS)
+            for part in _PARTS:
+                if f"{part}/{site.local_name}" in tensors:
+                    parts[part] = tensors[f"{part}/{site.local_name}"].to(device)
+            site.quantized = None if parts["codes"] is None else QuantizedTensor(**parts, scheme=site.scheme)
+            learned = {key.removeprefix(prefix): v.to(device) for key, v in tensors.items() if key.startswith(prefix)}
+            site.learned = learned or None
 
     def forward(
         self,

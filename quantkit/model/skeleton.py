@@ -101,10 +101,24 @@ class Skeleton:
         Raises:
             ModelError: the checkpoint lacks a tensor of the block, or has it in another shape.
         """
-        module = copy.deepcopy(self.blocks[index])
-        state = module.state_dict()
+        module, stored = copy.deepcopy(self.blocks[index]), self._stored_names(index, checkpoint)
+        loaded = checkpoint.load(stored.values(), dtype)
+        module.load_state_dict({name: loaded[source] for name, source in stored.items()}, strict=False, assign=True)
+        return module.to(device).eval().requires_grad_(False)
+
+    def refuse_incomplete(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint that does not fill all blocks, from its headers alone.
+
+        Raises:
+            ModelError: as `load_block`.
+        """
+        for index in range(len(self.blocks)):
+            self._stored_names(index, checkpoint)
+
+    def _stored_names(self, index: int, checkpoint: Checkpoint) -> dict[str, str]:
+        """Return name inside block `index` → stored name of all that the checkpoint has of it."""
         stored: dict[str, str] = {}
-        for name, empty in state.items():
+        for name, empty in self.blocks[index].state_dict().items():
             full = self.module_name(index, name)
             source = self.stored_name(full, checkpoint)
             if source is not None:
@@ -112,9 +126,7 @@ class Skeleton:
                 stored[name] = source
             elif empty.is_meta:
                 raise ModelError(f"{checkpoint.directory} has no tensor for {full}; the checkpoint is incomplete")
-        loaded = checkpoint.load(stored.values(), dtype)
-        module.load_state_dict({name: loaded[source] for name, source in stored.items()}, strict=False, assign=True)
-        return module.to(device).eval().requires_grad_(False)
+        return stored
 
     def fill(self, checkpoint: Checkpoint, dtype_of: Callable[[str], torch.dtype | None]) -> None:
         """Read every parameter and buffer of the model that `checkpoint` has, for good and on the CPU.

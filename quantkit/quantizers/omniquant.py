@@ -167,7 +167,7 @@ class OmniQuant:
         for site in window.sites:
             plain = reason and round_to_nearest(site.weight, site.scheme, site.scale_dtype)
             site.quantized = plain or learned[site.parameter]
-            site.learned = None if reason else quantizers[site.parameter]
+            site.learned = None if reason else _kept(site, quantizers[site.parameter])
 
     def _train(
         self, window: Window, quantizers: dict[str, WeightQuantizer], transforms: Sequence[BlockTransform]
@@ -209,7 +209,7 @@ class OmniQuant:
 
     def _quantizers(self, window: Window) -> dict[str, WeightQuantizer]:
         """Return the quantizer of every site by parameter name, those of an earlier window as they are."""
-        quantizers = {site.parameter: site.learned or self._quantizer(site) for site in window.sites}
+        quantizers = {site.parameter: self._quantizer(site) for site in window.sites}
         new = [site for site in window.sites if site.learned is None]
         if self.init != "nearest" and self.lwc:
             for site in new:
@@ -223,8 +223,12 @@ class OmniQuant:
         return quantizers
 
     def _quantizer(self, site: Site) -> WeightQuantizer:
-        offset = self.rounding or self.weights
-        return WeightQuantizer(site.weight.detach(), site.scheme, site.scale_dtype, clip=self.lwc, offset=offset)
+        offset, learned = self.rounding or self.weights, site.learned or {}
+        weight = learned.get("weight", site.weight.detach())
+        quantizer = WeightQuantizer(weight, site.scheme, site.scale_dtype, clip=self.lwc, offset=offset)
+        if learned:
+            quantizer.go_on({name: value for name, value in learned.items() if name != "weight"})
+        return quantizer
 
     def _transforms(self, window: Window) -> list[BlockTransform]:
         """Return the transforms of the window's blocks; those of an earlier window are folded already."""
@@ -285,6 +289,12 @@ class OmniQuant:
             return []
         outputs = (window.forward(batch) for batch in range(len(window.inputs)))
         return window.streams.new(window.targets[0].dtype, outputs)
+
+
+def _kept(site: Site, quantizer: WeightQuantizer) -> dict[str, Tensor]:
+    """Return what the next window needs of a quantizer; its weight only where it is not the site's own."""
+    own = quantizer.weight.data_ptr() == site.weight.data_ptr()
+    return quantizer.kept() | ({} if own else {"weight": quantizer.weight})
 
 
 def _mean_squared(output: Tensor, target: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ class Diary(Silent):
 def test_a_run_calibrates_on_what_the_model_writes(tmp_path):
     diary, state = Diary(), torch.random.get_rng_state()
     result = quantkit.quantize("tiny", output=tmp_path / "out", progress=diary, **FEW)
-    assert result.report["calibration"] == {"text": "self", "samples": 3, "seqlen": 24}
+    assert result.report["calibration"].items() >= {"text": "self", "samples": 3, "seqlen": 24}.items()
     assert diary.stages[:2] == ["writing text", "opening weights"]
     assert torch.equal(torch.random.get_rng_state(), state)
     again = quantkit.quantize(Recipe.from_toml(result.output / "recipe.toml"), output=tmp_path / "again", device="cpu")

@@ -1,0 +1,117 @@
+"""What a run works with: its tokens, its source's weights, and the losses by which a budget of bits is spent.
+
+Each is taken from the journal where an earlier process has it.
+"""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from quantkit.allocation import Losses
+from quantkit.calibrate.data import calibration_tokens, load_tokenizer
+from quantkit.calibrate.journal import Journal
+from quantkit.calibrate.memory import release_freed
+from quantkit.calibrate.self_text import sample_tokens
+from quantkit.calibrate.sensitivity import SHRINK, Sensitivity
+from quantkit.calibrate.text import SELF, read_text
+from quantkit.calibrate.walk import Listener
+from quantkit.errors import DataError, ModelError
+from quantkit.evaluation.loading import load_model
+from quantkit.exporters.compressed_tensors import CompressedTensors
+from quantkit.model.checkpoint import Checkpoint, fingerprint
+from quantkit.preparation import Prepared
+from quantkit.workload import writing_batch
+
+
+def calibration(prepared: Prepared, journal: Journal, progress: Listener) -> Tensor:
+    """Return the calibration tokens, as many as asked for unless fewer are allowed."""
+    if journal.recall("tokens") is not None:
+        return journal.tensors("tokens")["tokens"]
+    wanted, seqlen = prepared.recipe.calibration, prepared.plan.seqlen
+    if wanted.text == SELF:
+        tokens = _own_text(prepared, progress)
+        journal.note("tokens", {}, {"tokens": tokens})
+        return tokens
+    progress.stage("reading text")
+    tokenizer = load_tokenizer(prepared.source.path)
+    tokens = calibration_tokens(
+        read_text(wanted.text), tokenizer, samples=wanted.samples, seqlen=seqlen, seed=prepared.recipe.seed
+    )
+    if not len(tokens) or (len(tokens) < wanted.samples and not wanted.allow_short):
+        way = "lower --seqlen" if not len(tokens) else f"pass --samples {len(tokens)} or --allow-short"
+        raise DataError(
+            f"{wanted.text} gives {len(tokens)} sequences of {seqlen} tokens, not {wanted.samples}; "
+            f"{way}, or give more text"
+        )
+    vocabulary = prepared.skeleton.config.get_text_config().vocab_size
+    if int(tokens.max()) >= vocabulary:
+        raise DataError(
+            f"the tokenizer gives token {int(tokens.max())} but the model's vocabulary ends at {vocabulary - 1}"
+        )
+    return tokens
+
+
+def _own_text(prepared: Prepared, progress: Listener) -> Tensor:
+    """Return calibration tokens that the model writes; the whole model is in memory meanwhile."""
+    recipe, plan = prepared.recipe, prepared.plan
+    progress.stage("writing text")
+    model, tokenizer = load_model(recipe.model, revision=recipe.revision, device=str(plan.device))
+    tokens = sample_tokens(
+        model,
+        tokenizer,
+        samples=recipe.calibration.samples,
+        seqlen=plan.seqlen,
+        seed=recipe.seed,
+        at_once=writing_batch(prepared.skeleton, plan.seqlen),
+        progress=progress.progress,
+    )
+    del model
+    release_freed()
+    return tokens
+
+
+def verified(checkpoint: Checkpoint, journal: Journal, progress: Listener) -> dict[str, str]:
+    """Read the source's weights once; return the SHA-256 of its files.
+
+    Raises:
+        ModelError: a value is not finite, or the weights are not those of the interrupted run.
+    """
+    progress.stage("verifying weights")
+    hashes, before = fingerprint(checkpoint.directory) | checkpoint.verify(), journal.recall("source")
+    if before not in (None, hashes):
+        raise ModelError(
+            f"the weights in {checkpoint.directory} are not those that the interrupted run had; --restart begins anew"
+        )
+    return hashes
+
+
+def spend(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, journal: Journal, progress: Listener) -> Prepared:
+    """Return the run with its budget of bits spent by measured losses."""
+    plan = prepared.plan
+    assert plan.budget is not None
+    ties, schemes, kept = plan.budget.ties, plan.budget.schemes, journal.recall("losses")
+    if kept is None:
+        losses = _measured(prepared, checkpoint, tokens, progress)
+        journal.note("losses", [[losses[tie][scheme] for scheme in schemes] for tie in ties])
+    else:
+        losses = {tie: dict(zip(schemes, row, strict=True)) for tie, row in zip(ties, kept, strict=True)}
+    spent = plan.spend(losses)
+    CompressedTensors().check(spent.schemes)
+    return replace(prepared, plan=spent)
+
+
+def _measured(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, progress: Listener) -> Losses:
+    """Return what each group of linears loses at each width."""
+    progress.stage("measuring")
+    plan = prepared.plan
+    assert plan.budget is not None
+    learns = any(step.learns for step in prepared.recipe.build_passes().values())
+    return Sensitivity(
+        skeleton=prepared.skeleton,
+        checkpoint=checkpoint,
+        ties=plan.budget.ties,
+        schemes=plan.budget.schemes,
+        shrink=SHRINK if learns else (1.0,),  # what does not learn does not clip either
+        scale_dtype=plan.scale_dtype,
+        device=plan.device,
+    ).run(tokens, progress.progress)
