@@ -25,6 +25,7 @@ from quantkit.pipeline import Progress, execute, prepare
 from quantkit.planning import Plan
 from quantkit.recipe import Recipe, from_defaults
 from quantkit.runtime import DEFAULT_RUNTIME, GENERATE_RUNTIME, packed_model
+from quantkit.units import parse_size
 
 __all__ = [
     "CheckResult",
@@ -97,6 +98,7 @@ def quantize(
     output: str | Path,
     overwrite: bool = False,
     device: str | None = None,
+    memory: int | str | None = None,
     progress: Progress | None = None,
     **fields: Any,  # noqa: ANN401  checked by make_recipe's own signature
 ) -> Quantized:
@@ -109,6 +111,7 @@ def quantize(
         output: the directory to write; it appears whole or not at all.
         overwrite: replace an existing output, which is kept until the new one is whole.
         device: `cpu`, `cuda`, `cuda:1`; None: a GPU if there is one.
+        memory: the most host memory to take, bytes or `8GiB`; None: a share of what is free. The result is the same.
         progress: told what happens; None: nobody.
         fields: the keyword arguments of `make_recipe`, unless `model` is a recipe.
 
@@ -116,20 +119,26 @@ def quantize(
         QuantkitError: see `quantkit.errors`; nothing was written then.
     """
     recipe = model if isinstance(model, Recipe) else make_recipe(model, **fields)
-    prepared = prepare(recipe, device)
+    prepared = prepare(recipe, device, parse_size(memory))
     report = execute(prepared, Path(output), overwrite=overwrite, progress=progress)
     formats = {name: Path(output) / name for name in further(prepared.recipe.formats)}
     return Quantized(output=Path(output), report=report, formats=formats)
 
 
-def plan(model: str | Path | Recipe, *, device: str | None = None, **fields: Any) -> Plan:  # noqa: ANN401
+def plan(
+    model: str | Path | Recipe,
+    *,
+    device: str | None = None,
+    memory: int | str | None = None,
+    **fields: Any,  # noqa: ANN401
+) -> Plan:
     """Return what `quantize` with the same arguments would do: sites, sizes, memory, disk, time; computes nothing.
 
     Raises:
         QuantkitError: see `quantkit.errors`.
     """
     recipe = model if isinstance(model, Recipe) else make_recipe(model, **fields)
-    return prepare(recipe, device).plan
+    return prepare(recipe, device, parse_size(memory)).plan
 
 
 def load(

@@ -16,6 +16,7 @@ from quantkit.errors import CheckFailure, UsageError, nearest
 from quantkit.failures import OneLine, errors
 from quantkit.flags import Device, Json, Output, Revision
 from quantkit.interrupts import asked_once
+from quantkit.units import parse_size
 
 app = typer.Typer(
     name="quantkit",
@@ -125,6 +126,13 @@ def quantize(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. (default: 0)")] = None,
     device: Device = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Most host memory to take, e.g. 8GiB; activations that do not fit go to the disk, the result is the"
+            " same. (default: a share of what is free)"
+        ),
+    ] = None,
     revision: Revision = None,
     format_: Annotated[
         str | None,
@@ -194,7 +202,7 @@ def quantize(
             from quantkit.model.writer import refuse_existing
 
             refuse_existing(output, overwrite=overwrite)
-        prepared = prepare(chosen, device)
+        prepared = prepare(chosen, device, parse_size(memory))
         if dry_run or output is None:
             display.plan(prepared.plan, prepared.recipe, as_json=as_json)
             return

@@ -18,6 +18,8 @@ from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColu
 from rich.table import Table
 from rich.text import Text
 
+from quantkit.units import human_size, human_time
+
 if TYPE_CHECKING:
     from quantkit.calibrate.walk import BlockReport
     from quantkit.conversion import Exported
@@ -79,7 +81,10 @@ def plan_facts(plan: "Plan", recipe: "Recipe") -> dict[str, Any]:
         "calibration": {"text": recipe.calibration.text, "samples": plan.samples, "seqlen": plan.seqlen},
         "device": str(plan.device),
         "output_bytes": plan.output_bytes,
+        "spilled_bytes": plan.spilled_bytes,
+        "disk_bytes": plan.disk_bytes,
         "memory_bytes": plan.memory_bytes,
+        "memory_limit": plan.memory_limit,
         "device_bytes": plan.device_bytes,
         "seconds": plan.seconds,
         "presets": [asdict(cost) for cost in plan.presets],
@@ -181,7 +186,7 @@ def quantized(output: Path, report: Mapping[str, Any], *, as_json: bool) -> None
     )
     table.add_row("quantized", f"{share:.1%} of {report['parameters']:,} parameters")
     also = "".join(f", also as {name}" for name in report["formats"])
-    table.add_row("size", f"{_bytes(measured['output_bytes'])} of weights{also}")
+    table.add_row("size", f"{human_size(measured['output_bytes'])} of weights{also}")
     learned = f" → {after:.3e} kept ({after / before - 1:+.0%})" if before and after != before else ""
     table.add_row("block error", f"{before:.3e} rounding to nearest{learned}")
     for name, meaning in _TROUBLE.items():
@@ -195,7 +200,7 @@ def quantized(output: Path, report: Mapping[str, Any], *, as_json: bool) -> None
     for name in _TROUBLE:
         if name in whole:
             table.add_row("distilling", f"[yellow]{name}: {whole[name]}[/]")
-    table.add_row("took", f"{_duration(measured['seconds'])}, peak memory {_bytes(measured['memory_bytes'])}")
+    table.add_row("took", f"{human_time(measured['seconds'])}, peak memory {_peak(report)}")
     out.print(table)
     if "allocation" in report:
         out.print(_bits_picture(report["allocation"]["groups"]))
@@ -225,7 +230,7 @@ def exported(made: "Sequence[Exported]", *, as_json: bool) -> None:
         print_json({"exports": [{**asdict(each), "output": str(each.output)} for each in made]})
         return
     for each in made:
-        out.print(f"{escape(each.format)}: {escape(str(each.output))}, {_bytes(each.bytes)}")
+        out.print(f"{escape(each.format)}: {escape(str(each.output))}, {human_size(each.bytes)}")
         print_notes(out, each.notices)
 
 
@@ -250,6 +255,11 @@ def listed(kind: str, rows: Sequence[Mapping[str, str]], *, as_json: bool) -> No
     Console(highlight=False).print(table)
 
 
+def _peak(report: Mapping[str, Any]) -> str:
+    measured, predicted = (human_size(report[when]["memory_bytes"]) for when in ("measured", "predicted"))
+    return f"{measured} (predicted: {predicted})"
+
+
 def _plan_table(plan: "Plan", recipe: "Recipe") -> Table:
     table = facts_table(f"{recipe.model}" + (f" @ {recipe.revision[:12]}" if recipe.revision else ""))
     text = recipe.calibration
@@ -266,10 +276,15 @@ def _plan_table(plan: "Plan", recipe: "Recipe") -> Table:
         "text",
         f"{escape(text.text)}, {plan.samples} sequences of {plan.seqlen} tokens, {text.batch_size} per batch",
     )
-    table.add_row("output", f"{most}{_bytes(plan.output_bytes)} of weights")
-    device = f", {_bytes(plan.device_bytes)} on {plan.device}" if plan.device_bytes else f" on {plan.device}"
-    table.add_row("memory", f"about {_bytes(plan.memory_bytes)} at the peak{device}")
-    table.add_row("time", f"about {_duration(plan.seconds)}")
+    further = f", as much again as {' and '.join(plan.formats)}" if plan.formats else ""
+    table.add_row("output", f"{most}{human_size(plan.output_bytes)} of weights{further}")
+    if plan.spilled_bytes:
+        table.add_row("disk", f"{human_size(plan.disk_bytes)}, {human_size(plan.spilled_bytes)} spilled")
+    device = f", {human_size(plan.device_bytes)} on {plan.device}" if plan.device_bytes else f" on {plan.device}"
+    table.add_row(
+        "memory", f"about {human_size(plan.memory_bytes)} at the peak{device}; {human_size(plan.memory_limit)} allowed"
+    )
+    table.add_row("time", f"about {human_time(plan.seconds)}")
     return table
 
 
@@ -282,9 +297,9 @@ def _presets_table(plan: "Plan") -> Table:
     if not any(cost.chosen for cost in plan.presets):
         rows.append(("this run", plan, "this run", not plan.refusal))
     for name, cost, mark, fits in rows:
-        device = (_bytes(cost.device_bytes),) if plan.device_bytes else ()
+        device = (human_size(cost.device_bytes),) if plan.device_bytes else ()
         remarks = ", ".join(filter(None, (mark if mark != name else "", "" if fits else "[red]does not fit[/]")))
-        cells = (name, _bytes(cost.memory_bytes), *device, _duration(cost.seconds), remarks)
+        cells = (name, human_size(cost.memory_bytes), *device, human_time(cost.seconds), remarks)
         table.add_row(*cells, style="bold" if mark else None)
     return table
 
@@ -364,28 +379,10 @@ def _said(value: object) -> str:
 
 def _fact(name: str, value: object) -> str:
     if isinstance(value, int) and name.endswith("bytes"):
-        return _bytes(value)
+        return human_size(value)
     if isinstance(value, float):
         return f"{value:.1%}" if name.endswith("share") else f"{value:.6g}"
     return escape(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    if minutes < 120:
-        return f"{minutes} min"
-    hours = round(seconds / 3600)
-    return f"{minutes // 60} h {minutes % 60:02} min" if hours < 48 else f"{round(hours / 24):,} days"
 
 
 def print_json(value: object) -> None:

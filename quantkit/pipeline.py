@@ -1,8 +1,6 @@
 """One run from a recipe to a directory: everything is refused in `prepare`, everything is computed in `execute`."""
 
 import json
-import resource
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,10 +12,12 @@ from torch import Tensor
 from quantkit import material
 from quantkit.calibrate.engine import CheckSample, Engine
 from quantkit.calibrate.journal import Journal
+from quantkit.calibrate.streams import Streams
 from quantkit.calibrate.walk import BlockReport, Listener
 from quantkit.conversion import export, further
 from quantkit.errors import OutputError
 from quantkit.evaluation.manifest import RECIPE, REPORT, tensor_manifest
+from quantkit.host import peak_memory
 from quantkit.keeping import Keeper
 from quantkit.model import names
 from quantkit.model.checkpoint import Checkpoint
@@ -138,7 +138,7 @@ def _run(
             watch=watch,
             stop=stop,
         )
-        engine = _engine(prepared, checkpoint)
+        engine = _engine(prepared, checkpoint, Streams(prepared.plan.stream_bytes, place.made))
         reports, sample, whole = keeper.result(sink) or _calibrate(engine, tokens, prepared, sink, keeper, watch)
         watch.stage("writing")
         with engine.outer_weights() as changed:
@@ -147,7 +147,7 @@ def _run(
         hashes = writer.close_shards()
         write_side_files(writer, prepared.source.path, prepared.recipe, prepared.plan, prepared.rotation, sample)
         report = _report(prepared, reports, tokens, sink, hashes, keeper)
-        report |= {"whole": whole, "source_sha256": digests}
+        report |= {"whole": whole, "source_sha256": digests, "measured": _measured(place, sink, engine, keeper)}
         writer.write_text(REPORT, as_json(report))
         for name in further(prepared.recipe.formats):
             watch.stage(f"exporting {name}")
@@ -199,7 +199,7 @@ def _keep_first(journal: Journal, tokens: Tensor, hashes: Mapping[str, str]) -> 
         journal.note("tokens", {}, {"tokens": tokens})
 
 
-def _engine(prepared: Prepared, checkpoint: Checkpoint) -> Engine:
+def _engine(prepared: Prepared, checkpoint: Checkpoint, streams: Streams) -> Engine:
     return Engine(
         skeleton=prepared.skeleton,
         checkpoint=checkpoint,
@@ -209,6 +209,7 @@ def _engine(prepared: Prepared, checkpoint: Checkpoint) -> Engine:
         device=prepared.plan.device,
         seed=prepared.recipe.seed,
         rotation=prepared.rotation,
+        streams=streams,
     )
 
 
@@ -242,16 +243,12 @@ def _report(
         "bits_per_weight": plan.bits_per_weight,
         "predicted": {
             "output_bytes": plan.output_bytes,
+            "spilled_bytes": plan.spilled_bytes,
+            "disk_bytes": plan.calibration_bytes,
             "memory_bytes": plan.memory_bytes,
+            "memory_limit": plan.memory_limit,
             "device_bytes": plan.device_bytes,
             "seconds": plan.seconds,
-        },
-        "measured": {
-            "output_bytes": sink.shards.bytes,
-            "memory_bytes": peak_memory(),
-            "device_bytes": torch.cuda.max_memory_allocated(plan.device) if plan.device.type == "cuda" else 0,
-            "seconds": keeper.seconds,
-            "stages": keeper.watch.stages,
         },
         "processes": {"count": keeper.attempt, "identical": keeper.identical},
         "blocks": [asdict(block) for block in blocks],
@@ -262,7 +259,15 @@ def _report(
     }
 
 
-def peak_memory() -> int:
-    """Return the peak resident memory of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _measured(place: Workspace, sink: Sink, engine: Engine, keeper: Keeper) -> dict[str, Any]:
+    """Return what a run took, by the names of what was predicted."""
+    files = sum(path.stat().st_size for path in place.directory.rglob("*") if path.is_file())
+    return {
+        "output_bytes": sink.shards.bytes,
+        "spilled_bytes": engine.streams.spilled,
+        "disk_bytes": files + engine.streams.spilled,
+        "memory_bytes": peak_memory(),
+        "device_bytes": torch.cuda.max_memory_allocated(engine.device) if engine.device.type == "cuda" else 0,
+        "seconds": keeper.seconds,
+        "stages": keeper.watch.stages,
+    }

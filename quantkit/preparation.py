@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantkit.conversion import further, refuse_unfit
+from quantkit.conversion import refuse_unfit
 from quantkit.errors import OutputError, UsageError
 from quantkit.model import names
 from quantkit.model.device import pick_device
@@ -31,8 +31,10 @@ class Prepared:
     rotation: Rotation | None = None
 
 
-def prepare(recipe: Recipe, device: str | None = None) -> Prepared:
+def prepare(recipe: Recipe, device: str | None = None, memory: int | None = None) -> Prepared:
     """Look at the model without its weights and refuse what cannot work.
+
+    `memory` is the most host memory in bytes that the run may take, None: a share of what is free.
 
     Raises:
         UsageError, ModelError, NetworkError: see `names.resolve`, `Skeleton`, `make_plan`, `conversion.refuse_unfit`.
@@ -41,7 +43,7 @@ def prepare(recipe: Recipe, device: str | None = None) -> Prepared:
     source = names.resolve(recipe.model, revision=recipe.revision, weights=False)
     recipe = replace(recipe, revision=source.revision)
     skeleton = Skeleton(source.path)
-    plan = make_plan(skeleton, recipe, pick_device(device))
+    plan = make_plan(skeleton, recipe, pick_device(device), memory)
     _refuse_formats(recipe, source, plan)
     rotation = Rotation.of(skeleton, recipe.seed) if recipe.rotate else None
     return Prepared(recipe=recipe, source=source, skeleton=skeleton, plan=plan, rotation=rotation)
@@ -61,8 +63,7 @@ def refuse_what_cannot_work(prepared: Prepared, output: Path, *, overwrite: bool
     """
     refuse_existing(output, overwrite=overwrite)
     _refuse_source(output, prepared.source.path)
-    # other formats of the same codes have about the same size
-    refuse_full_disk(output, prepared.plan.output_bytes * (1 + len(further(prepared.recipe.formats))))
+    refuse_full_disk(output, prepared.plan.disk_bytes)
     if prepared.plan.refusal:
         raise UsageError(prepared.plan.refusal)
 

@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "quantkit"
 LEVELS = [
     {"errors", "resources"},
+    {"host", "units"},
     {"core"},
     {"model"},
     {"calibrate"},
@@ -20,6 +21,7 @@ LEVELS = [
     {"recipe"},
     {"workload"},
     {"costs", "allocation", "conversion", "provenance"},
+    {"limits"},
     {"planning"},
     {"preparation", "output"},
     {"material", "keeping"},

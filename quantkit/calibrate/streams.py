@@ -30,14 +30,15 @@ class Streams:
         budget: bytes that all streams together may take in memory; None: any.
         directory: where the file lies that holds the rest; None: where temporary files lie.
         held: bytes that they take in memory now.
-        spilled: size of the file: the most that did not fit.
+        spilled: the most bytes that lay in the file.
     """
 
     def __init__(self, budget: int | None = None, directory: Path | None = None) -> None:
-        """Begin without streams, and without a file until one is needed."""
+        """Begin without streams; the file is there as long as it is needed."""
         self.budget, self.directory = budget, directory
         self.held = self.spilled = 0
         self._file: IO[bytes] | None = None
+        self._chunks = self._end = 0  # how many are in use, and the size of the file
         self._free: dict[int, list[int]] = defaultdict(list)  # size → places of chunks that nobody reads any more
 
     def new(self, dtype: torch.dtype, tensors: Iterable[Tensor] = ()) -> "Stream":
@@ -63,14 +64,19 @@ class Streams:
         return torch.frombuffer(memory, dtype=chunk.dtype).view(chunk.shape)
 
     def forget(self, chunk: "_Spilled") -> None:
-        """Let the place of a chunk be written again."""
+        """Let the place of a chunk be written again; without chunks there is no file."""
         self._free[_in_pages(chunk.size)].append(chunk.place)
+        self._chunks -= 1
+        if not self._chunks and self._file is not None:
+            self._file.close()
+            self._file, self._end = None, 0
+            self._free.clear()
 
     def _write(self, tensor: Tensor) -> int:
         """Write a tensor where nobody reads; return the place."""
         size = _in_pages(tensor.nbytes)
         free = self._free[size]
-        place = free.pop() if free else self.spilled
+        place = free.pop() if free else self._end
         rest, end = tensor.flatten().view(torch.uint8).numpy().data, place
         try:
             while rest:  # a disk that is almost full takes a part
@@ -82,7 +88,9 @@ class Streams:
                 f"cannot spill activations to {self.directory or tempfile.gettempdir()}: {reason}; "
                 "make room there, or let more of them stay in memory with --memory"
             ) from error
-        self.spilled = max(self.spilled, place + size)
+        self._chunks += 1
+        self._end = max(self._end, place + size)
+        self.spilled = max(self.spilled, self._end)
         return place
 
     def _fileno(self) -> int:
