@@ -1,7 +1,7 @@
 """The command line: parse, call `quantkit.api`, show. Nothing is computed here.
 
 Exit codes: 0 success, 1 a bug in quantkit, 2 usage, 3 model, 4 text, 5 network, 6 output, 7 faults found by `check`,
-130 interrupted. Errors are one line on stderr; with `--json` they are the one object on stdout.
+8 another process of the run ended, 130 interrupted. Errors are one line on stderr; with `--json` they are the one object on stdout.
 """
 
 import signal
@@ -13,7 +13,7 @@ import typer
 
 from quantkit import display, judging
 from quantkit.errors import CheckFailure, UsageError, nearest
-from quantkit.failures import OneLine, errors
+from quantkit.failures import OneLine, errors, launched
 from quantkit.flags import Device, Json, Output, Revision
 
 app = typer.Typer(
@@ -149,7 +149,7 @@ def quantize(
 
     quantkit quantize tiny --wbits 3 --group-size 32 --calibration embedded --seqlen 128 -o tiny-w3
     """
-    with errors(as_json):
+    with errors(as_json), launched() as team:
         from quantkit.pipeline import execute, prepare  # torch takes seconds to import: not for --help
 
         scheme = {
@@ -183,17 +183,20 @@ def quantize(
         )
         if not dry_run and output is None:
             raise UsageError("say where to write with -o DIRECTORY, or look first with --dry-run")
-        if output is not None:
+        leads = team is None or team.leads
+        if output is not None and leads:
             from quantkit.model.writer import refuse_existing
 
             refuse_existing(output, overwrite=overwrite)
-        prepared = prepare(chosen, device)
+        prepared = prepare(chosen, device, team)
         if dry_run or output is None:
-            display.plan(prepared.plan, prepared.recipe, as_json=as_json)
+            if leads:
+                display.plan(prepared.plan, prepared.recipe, as_json=as_json)
             return
-        with display.QuantizeProgress(prepared.recipe, quiet=as_json) as progress:
+        with display.QuantizeProgress(prepared.recipe, quiet=as_json or not leads) as progress:
             report = execute(prepared, output, overwrite=overwrite, progress=progress)
-        display.quantized(output, report, as_json=as_json)
+        if leads:
+            display.quantized(output, report, as_json=as_json)
 
 
 @app.command()

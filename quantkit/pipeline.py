@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from quantkit.calibrate.engine import CheckSample, Engine
 from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.self_text import sample_tokens
 from quantkit.calibrate.sensitivity import SHRINK, Sensitivity
+from quantkit.calibrate.team import Team
 from quantkit.calibrate.text import SELF, read_text
 from quantkit.calibrate.walk import BlockReport, Listener
 from quantkit.conversion import export, further, refuse_unfit
@@ -74,35 +75,42 @@ class Silent:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A run that nothing speaks against: recipe, source, skeleton, plan, and the rotation if there is one."""
+    """A run that nothing speaks against: recipe, source, skeleton, plan, the rotation if there is one, who runs it."""
 
     recipe: Recipe
     source: Source
     skeleton: Skeleton
     plan: Plan
     rotation: Rotation | None = None
+    team: Team = field(default_factory=Team)
 
 
-def prepare(recipe: Recipe, device: str | None = None) -> Prepared:
+def prepare(recipe: Recipe, device: str | None = None, team: Team | None = None) -> Prepared:
     """Look at the model without its weights and refuse what cannot work.
 
     Raises:
         UsageError, ModelError, NetworkError: see `names.resolve`, `Skeleton`, `make_plan`, `conversion.refuse_unfit`.
     """
+    team = team or Team()
     recipe.build_passes()
+    team.refuse_uneven(recipe.calibration.samples, recipe.calibration.batch_size)
     source = names.resolve(recipe.model, revision=recipe.revision, weights=False)
     recipe = replace(recipe, revision=source.revision)
+    team.agree("recipes", recipe.to_toml())
+    team.agree("models", (source.path / "config.json").read_text(encoding="utf-8"))
     skeleton = Skeleton(source.path)
-    plan = make_plan(skeleton, recipe, pick_device(device))
+    plan = make_plan(skeleton, recipe, pick_device(team.device(device)))
     _refuse_formats(recipe, source, plan)
     rotation = Rotation.of(skeleton, recipe.seed) if recipe.rotate else None
-    return Prepared(recipe=recipe, source=source, skeleton=skeleton, plan=plan, rotation=rotation)
+    return Prepared(recipe=recipe, source=source, skeleton=skeleton, plan=plan, rotation=rotation, team=team)
 
 
 def execute(
     prepared: Prepared, output: Path, *, overwrite: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Quantize and write `output`, then its further formats into directories of their names; return the report.
+
+    Of several processes the first does that; the others compute their share and return nothing.
 
     Raises:
         UsageError: it would need more memory than is free.
@@ -114,17 +122,17 @@ def execute(
     started = time.monotonic()
     _refuse_what_cannot_work(prepared, output, overwrite=overwrite)
     progress.planned(prepared.plan)
-    tokens = _tokens(prepared, progress)
+    team = prepared.team
+    tokens = team.give({"tokens": _tokens(prepared, progress)} if team.leads else None)["tokens"]
+    team.refuse_uneven(len(tokens), prepared.recipe.calibration.batch_size)
     progress.stage("downloading" if prepared.source.id else "opening weights")
-    source = names.resolve(prepared.recipe.model, revision=prepared.recipe.revision)
-    checkpoint = Checkpoint(source.path)
-    progress.stage("verifying weights")
-    for _ in checkpoint.verify_finite():
-        pass
+    checkpoint = team.in_turn(lambda: _checkpoint(prepared, progress))
     if prepared.plan.budget:
         progress.stage("measuring")
         prepared = _spend(prepared, checkpoint, tokens, progress)
     progress.stage("calibrating")
+    if not team.leads:
+        return _follow(prepared, checkpoint, tokens)
     with Writer(output, overwrite=overwrite) as writer:
         sink = _Sink(prepared, checkpoint, writer)
         engine = _engine(prepared, checkpoint)
@@ -143,6 +151,24 @@ def execute(
     return report
 
 
+def _follow(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor) -> dict[str, Any]:
+    """Compute this process's share of a run that another one writes."""
+    batches = tokens.split(prepared.recipe.calibration.batch_size)
+    _engine(prepared, checkpoint).run(batches, lambda block: None, Silent())  # noqa: ARG005
+    return {}
+
+
+def _checkpoint(prepared: Prepared, progress: Progress) -> Checkpoint:
+    """Return the weights; the first process of a machine fetches them and looks at all of them."""
+    source = names.resolve(prepared.recipe.model, revision=prepared.recipe.revision)
+    checkpoint = Checkpoint(source.path)
+    if prepared.team.local_rank == 0:
+        progress.stage("verifying weights")
+        for _ in checkpoint.verify_finite():
+            pass
+    return checkpoint
+
+
 def _export(recipe: Recipe, output: Path, progress: Progress) -> None:
     """Write the further formats of a finished output."""
     for name in further(recipe.formats):
@@ -156,10 +182,11 @@ def _refuse_formats(recipe: Recipe, source: Source, plan: Plan) -> None:
 
 
 def _refuse_what_cannot_work(prepared: Prepared, output: Path, *, overwrite: bool) -> None:
-    refuse_existing(output, overwrite=overwrite)
-    _refuse_source(output, prepared.source.path)
-    # other formats of the same codes have about the same size
-    refuse_full_disk(output, prepared.plan.output_bytes * (1 + len(further(prepared.recipe.formats))))
+    if prepared.team.leads:
+        refuse_existing(output, overwrite=overwrite)
+        _refuse_source(output, prepared.source.path)
+        # other formats of the same codes have about the same size
+        refuse_full_disk(output, prepared.plan.output_bytes * (1 + len(further(prepared.recipe.formats))))
     if prepared.plan.refusal:
         raise UsageError(prepared.plan.refusal)
 
@@ -169,7 +196,7 @@ def _spend(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, progress:
     plan = prepared.plan
     assert plan.budget is not None
     learns = any(step.learns for step in prepared.recipe.build_passes().values())
-    losses = Sensitivity(
+    measure = Sensitivity(
         skeleton=prepared.skeleton,
         checkpoint=checkpoint,
         ties=plan.budget.ties,
@@ -177,8 +204,10 @@ def _spend(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, progress:
         shrink=SHRINK if learns else (1.0,),  # what does not learn does not clip either
         scale_dtype=plan.scale_dtype,
         device=plan.device,
-    ).run(tokens, progress.progress)
-    spent = plan.spend(losses)
+    )
+    measured = measure.run(tokens, progress.progress) if prepared.team.leads else {}
+    rows = prepared.team.say([[*measured[tie].values()] for tie in measure.ties if measured])
+    spent = plan.spend({t: dict(zip(measure.schemes, row, strict=True)) for t, row in zip(measure.ties, rows, strict=True)})
     CompressedTensors().check(spent.schemes)
     return replace(prepared, plan=spent)
 
@@ -193,6 +222,7 @@ def _engine(prepared: Prepared, checkpoint: Checkpoint) -> Engine:
         device=prepared.plan.device,
         seed=prepared.recipe.seed,
         rotation=prepared.rotation,
+        team=prepared.team,
     )
 
 
@@ -332,6 +362,7 @@ def _report(
         "notes": list(plan.notes),
         "seed": recipe.seed,
         "device": str(plan.device),
+        "processes": prepared.team.size,
         "calibration": {"text": recipe.calibration.text, "samples": len(tokens), "seqlen": plan.seqlen},
         "parameters": plan.parameters,
         "quantized_parameters": plan.quantized_parameters,

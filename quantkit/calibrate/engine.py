@@ -6,7 +6,7 @@ the codes of all blocks.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.passes import Pass, Window
 from quantkit.calibrate.record import finish, make_head, record
+from quantkit.calibrate.team import Team, unite
 from quantkit.calibrate.walk import BlockReport, Listener, Walk
 from quantkit.core.scheme import QuantScheme
 from quantkit.model.activations import Activations
@@ -51,6 +52,7 @@ class Engine:
         device: where blocks are computed.
         seed: seed of everything random.
         rotation: rotates the residual stream of the model, of both streams alike; None: no rotation.
+        team: the processes that share the run; each holds the streams of its own rows of every batch.
     """
 
     skeleton: Skeleton
@@ -61,6 +63,7 @@ class Engine:
     device: torch.device
     seed: int = 0
     rotation: Rotation | None = None
+    team: Team = field(default_factory=Team)
 
     @property
     def storage(self) -> torch.dtype:
@@ -77,14 +80,15 @@ class Engine:
         """Walk over all blocks.
 
         Args:
-            batches: calibration tokens, (batch, tokens) int64 each.
+            batches: calibration tokens, (batch, tokens) int64 each, those of all processes.
             emit: receives every finished block while it is still in memory.
             listener: told about progress.
             notes: receives what the passes over the whole model note.
 
         Returns:
-            One report per block, and logits of the finished model on the first sequences.
+            One report per block, and logits of the finished model on this process's first sequences.
         """
+        batches = [self.team.rows(batch) for batch in batches]
         with self.outer_weights():
             recording = record(self.skeleton, batches, self.device)
         actual = [hidden.to(self.storage) for hidden in recording.hidden]
@@ -102,6 +106,7 @@ class Engine:
             storage=self.storage,
             seed=self.seed,
             listener=listener,
+            team=self.team,
         )
         reports, finished = [], []
         for index in range(len(self.skeleton.blocks)):
@@ -138,6 +143,7 @@ class Engine:
             window.head = lambda batch, row, hidden: head(batches[batch][row : row + 1], hidden)
             for step in passes:
                 step.apply(window)
+        unite(self.team, window.blocks, sliding=False)
         window.head = None
 
     @contextmanager

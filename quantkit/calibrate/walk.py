@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.passes import Pass, Window
+from quantkit.calibrate.team import Team, unite
 from quantkit.core.affine import round_to_nearest
 from quantkit.model.block import Arguments, Block, Site
 
@@ -67,6 +68,7 @@ class Walk:
         storage: torch.dtype,
         seed: int,
         listener: Listener,
+        team: Team,
     ) -> None:
         """Begin before the first block.
 
@@ -80,10 +82,12 @@ class Walk:
             storage: dtype of the streams.
             seed: seed of everything random.
             listener: told about progress.
+            team: the processes that share the run.
         """
         self.load, self.passes, self.arguments = load, passes, arguments
         self.actual, self.plain = actual, plain
         self.device, self.storage, self.seed, self.listener = device, storage, seed, listener
+        self.team = team
         self.total = len(arguments[0])
         self.span = min(self.total, max(step.blocks_at_once for step in passes))
         self.blocks: list[Block] = []
@@ -127,6 +131,7 @@ class Walk:
         window.error_rtn = error_rtn if self.span == 1 else window.error(rounded_to_nearest(window.sites))
         for step in self.passes:
             step.apply(window)
+        unite(self.team, window.blocks, sliding=self.span > 1)
         return window.notes
 
     def whole(self, blocks: Sequence[Block], start: Sequence[Tensor]) -> Window:
@@ -139,6 +144,7 @@ class Walk:
             device=self.device,
             fresh=0,
             seed=self.seed,
+            team=self.team,
             tick=lambda share: self.listener.progress(self.total * share, self.total),
         )
 
@@ -163,6 +169,7 @@ class Walk:
             device=self.device,
             fresh=fresh,
             seed=self.seed,
+            team=self.team,
             tick=lambda share: self.listener.progress(index + share, self.total),
         )
 
