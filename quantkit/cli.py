@@ -1,7 +1,8 @@
 """The command line: parse, call `quantkit.api`, show. Nothing is computed here.
 
 Exit codes: 0 success, 1 a bug in quantkit, 2 usage, 3 model, 4 text, 5 network, 6 output, 7 faults found by `check`,
-8 another process of the run ended, 130 interrupted. Errors are one line on stderr; with `--json` they are the one object on stdout.
+8 another process of the run ended, 130 interrupted. Errors are one line on stderr; with `--json` they are the one
+object on stdout.
 """
 
 import signal
@@ -13,7 +14,7 @@ import typer
 
 from quantkit import display, judging
 from quantkit.errors import CheckFailure, UsageError, nearest
-from quantkit.failures import OneLine, errors, launched
+from quantkit.failures import OneLine, alone, errors, launched
 from quantkit.flags import Device, Json, Output, Revision
 
 app = typer.Typer(
@@ -215,7 +216,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Reload OUTPUT and verify every tensor, the quantized share, and the logits that were calibrated."""
-    with errors(as_json):
+    with errors(as_json), alone():
         from quantkit.evaluation.check import check as run
 
         with display.status("checking", quiet=as_json) as say:
@@ -248,7 +249,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write OUTPUT in another format too, exactly and without calibrating again."""
-    with errors(as_json):
+    with errors(as_json), alone():
         from quantkit import api
 
         formats, options = _formats(format_), _options({}, set_ or [])

@@ -113,7 +113,14 @@ def launched() -> Iterator["Team | None"]:
             raise
 
 
-def alone() -> None:
-    """Raise UsageError in a process that a launcher started with others."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UsageError("this command runs in one process; start it without the launcher")
+@contextmanager
+def alone() -> Iterator[None]:
+    """Refuse to be one of several processes.
+
+    Raises:
+        UsageError: a launcher started others beside this one.
+    """
+    with launched() as team:
+        if team is not None:
+            raise UsageError(f"this command runs in one process, not in {team.size}; start it without the launcher")
+        yield

@@ -137,8 +137,8 @@ def execute(
         sink = _Sink(prepared, checkpoint, writer)
         engine = _engine(prepared, checkpoint)
         dropped = _tied_duplicate(prepared.skeleton, checkpoint)
-        batches, whole = tokens.split(prepared.recipe.calibration.batch_size), dict[str, Any]()
-        reports, sample = engine.run(batches, sink.emit, progress, whole)
+        whole = dict[str, Any]()
+        reports, sample = engine.run(_batches(prepared, tokens), sink.emit, progress, whole)
         progress.stage("writing")
         with engine.outer_weights() as changed:
             sink.emit_outer(changed)
@@ -153,9 +153,13 @@ def execute(
 
 def _follow(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor) -> dict[str, Any]:
     """Compute this process's share of a run that another one writes."""
-    batches = tokens.split(prepared.recipe.calibration.batch_size)
-    _engine(prepared, checkpoint).run(batches, lambda block: None, Silent())  # noqa: ARG005
+    _engine(prepared, checkpoint).run(_batches(prepared, tokens), lambda block: None, Silent())  # noqa: ARG005
     return {}
+
+
+def _batches(prepared: Prepared, tokens: Tensor) -> list[Tensor]:
+    """Return this process's rows of every batch."""
+    return [prepared.team.rows(batch) for batch in tokens.split(prepared.recipe.calibration.batch_size)]
 
 
 def _checkpoint(prepared: Prepared, progress: Progress) -> Checkpoint:
@@ -207,7 +211,9 @@ def _spend(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, progress:
     )
     measured = measure.run(tokens, progress.progress) if prepared.team.leads else {}
     rows = prepared.team.say([[*measured[tie].values()] for tie in measure.ties if measured])
-    spent = plan.spend({t: dict(zip(measure.schemes, row, strict=True)) for t, row in zip(measure.ties, rows, strict=True)})
+    spent = plan.spend(
+        {t: dict(zip(measure.schemes, row, strict=True)) for t, row in zip(measure.ties, rows, strict=True)}
+    )
     CompressedTensors().check(spent.schemes)
     return replace(prepared, plan=spent)
 

@@ -80,7 +80,7 @@ class Engine:
         """Walk over all blocks.
 
         Args:
-            batches: calibration tokens, (batch, tokens) int64 each, those of all processes.
+            batches: calibration tokens, (batch, tokens) int64 each; this process's rows of them.
             emit: receives every finished block while it is still in memory.
             listener: told about progress.
             notes: receives what the passes over the whole model note.
@@ -88,7 +88,6 @@ class Engine:
         Returns:
             One report per block, and logits of the finished model on this process's first sequences.
         """
-        batches = [self.team.rows(batch) for batch in batches]
         with self.outer_weights():
             recording = record(self.skeleton, batches, self.device)
         actual = [hidden.to(self.storage) for hidden in recording.hidden]

@@ -17,6 +17,8 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from quantkit.errors import TeamError, UsageError
 from quantkit.model.block import Block
@@ -45,7 +47,7 @@ class Team:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    store: dist.Store | None = None
+    store: Store | None = None
 
     @classmethod
     @contextmanager
@@ -65,20 +67,25 @@ class Team:
             if local >= gpus:
                 raise UsageError(f"there are more processes on this machine than its {gpus} GPUs; start {gpus}")
             torch.cuda.set_device(local)
-        with _together():
-            store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+        with together():
+            store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=10)))
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if gpus else "gloo",
-                store=dist.PrefixStore("group", store),
+                store=PrefixStore("group", store),
                 rank=rank,
                 world_size=size,
                 timeout=TIMEOUT,
             )
         here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         try:
-            yield cls(rank=rank, size=size, local_rank=local, local_size=here, store=dist.PrefixStore("word", store))
+            yield cls(rank=rank, size=size, local_rank=local, local_size=here, store=PrefixStore("word", store))
         finally:
             dist.destroy_process_group()
+
+    @classmethod
+    def current(cls) -> Self:
+        """Return the processes that this one has joined, for those to whom no one can pass them."""
+        return cls(rank=dist.get_rank(), size=dist.get_world_size()) if dist.is_initialized() else cls()
 
     @property
     def alone(self) -> bool:
@@ -92,7 +99,11 @@ class Team:
 
     def device(self, name: str | None) -> str | None:
         """Return the device that `name` means for this process: of several GPUs each process takes its own."""
-        return f"cuda:{self.local_rank}" if not self.alone and torch.cuda.is_available() and name in (None, "cuda") else name
+        return (
+            f"cuda:{self.local_rank}"
+            if not self.alone and torch.cuda.is_available() and name in (None, "cuda")
+            else name
+        )
 
     def refuse_uneven(self, samples: int, batch_size: int) -> None:
         """Raise UsageError unless batches of `batch_size` of so many sequences can be split evenly."""
@@ -131,6 +142,10 @@ class Team:
         self.sum(together)
         return [float(value) for value in together]
 
+    def gather(self, value: Any) -> list[Any]:  # noqa: ANN401
+        """Return the values of all processes, anything that JSON knows, in their order."""
+        return [self.say(value, source=rank) for rank in range(self.size)]
+
     def wait(self) -> None:
         """Return when every process has come here."""
         self.sum(torch.zeros(1))
@@ -144,7 +159,7 @@ class Team:
             flat = values.contiguous().view(-1)
             if not len(flat):
                 continue
-            with _together():
+            with together():
                 dist.broadcast(flat.view(torch.uint8), source)
             if flat.data_ptr() != values.data_ptr():
                 values.copy_(flat.view(values.shape))
@@ -228,7 +243,7 @@ class Team:
         if self.alone:
             return
         for tensor in tensors:
-            with _together():
+            with together():
                 dist.all_reduce(tensor, how)
 
 
@@ -250,7 +265,7 @@ def unite(team: Team, blocks: Sequence[Block], *, sliding: bool) -> None:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
     """Turn what torch.distributed raises, which is no narrower, into TeamError."""
     try:
         yield

@@ -38,9 +38,7 @@ class QuantizedTensor:
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> Self:
         """Return what `tensors` was made of."""
-        return cls(
-            codes=tensors["codes"], scale=tensors["scale"], zero_point=tensors.get("zero_point"), scheme=scheme
-        )
+        return cls(codes=tensors["codes"], scale=tensors["scale"], zero_point=tensors.get("zero_point"), scheme=scheme)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that there are, by the names of their fields."""
