@@ -92,6 +92,7 @@ def launched() -> Iterator["Team | None"]:
     if os.environ.get("WORLD_SIZE", "1") == "1":  # nothing to import torch for
         yield None
         return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is told in one line, below
     from quantkit.calibrate.team import Team
 
     with Team.join() as team:
@@ -105,10 +106,9 @@ def launched() -> Iterator["Team | None"]:
             missing = team.farewell(cause=cause)
             if missing is None:
                 raise typer.Exit(getattr(error, "exit_code", 1)) from None
-            if missing and not cause:
-                which = " and ".join(map(str, missing))
+            if len(missing) == 1 and not cause:
                 raise TeamError(
-                    f"process {which} of {team.size}, counted from 0, ended; start the same command again"
+                    f"process {missing[0]} of {team.size}, counted from 0, ended; start the same command again"
                 ) from error
             raise
 

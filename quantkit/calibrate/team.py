@@ -26,7 +26,7 @@ from quantkit.model.block import Block
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=4)  # for one that downloads or writes text while the others wait; a death is seen at once
-PATIENCE = 3.0  # seconds in which processes that are alive tell that they end
+PATIENCE = 5.0  # seconds in which processes that are alive tell that they end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,8 @@ class Team:
         try:
             yield cls(rank=rank, size=size, local_rank=local, local_size=here, store=PrefixStore("word", store))
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
     @classmethod
     def current(cls) -> Self:
@@ -204,28 +205,27 @@ class Team:
     def farewell(self, *, cause: bool) -> list[int] | None:
         """Tell the others that this process ends; return which ended without a word, None if another one tells why.
 
-        `cause` says whether this process knows why. It speaks if it is the first of those who do, or, where none
-        does, the first that is left.
+        `cause` says whether this process knows why. Of those who do the first speaks, and where none does, one of those
+        that are left.
         """
-        others = [rank for rank in range(self.size) if rank != self.rank]
+        assert self.store is not None, "a process alone has nobody to tell"
+        dist.destroy_process_group()  # those who wait for this one notice now
         try:
-            heard = self._hear(others, cause=cause)
-        except (RuntimeError, ConnectionError):  # the store is gone, and the first process with it
-            return [0] if self.rank <= 1 or cause else None
-        if any(word == "cause" and (rank < self.rank or not cause) for rank, word in heard.items()):
-            return None
-        if not cause and any(rank < self.rank for rank in heard):
-            return None
-        return [rank for rank in others if rank not in heard]
+            heard = self._hear(cause=cause)
+            if any(word == "cause" and (rank < self.rank or not cause) for rank, word in heard.items()):
+                return None
+            spoken = self.store.add("spoken", 1) > 1
+        except RuntimeError:  # the store is gone, and the first process with it
+            return [0] if self.rank == 1 else None
+        return None if spoken else [rank for rank in range(self.size) if rank not in heard]
 
-    def _hear(self, others: Sequence[int], *, cause: bool) -> dict[int, str]:
-        """Return the last words of the others, of those who have any within `PATIENCE`."""
-        if self.store is None:
-            return {}
+    def _hear(self, *, cause: bool) -> dict[int, str]:
+        """Return by rank the last words of those who have any within `PATIENCE`, and this process's own."""
+        assert self.store is not None
         self.store.set(f"{self.rank}", "cause" if cause else "lost")
         until, heard = time.monotonic() + PATIENCE, dict[int, str]()
-        while len(heard) < len(others) and time.monotonic() < until:
-            for rank in others:
+        while len(heard) < self.size and time.monotonic() < until:
+            for rank in range(self.size):
                 if rank not in heard and self.store.check([f"{rank}"]):
                     heard[rank] = self.store.get(f"{rank}").decode()
             time.sleep(0.05)
@@ -270,4 +270,4 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise TeamError("another process of the run cannot be reached; start the same command again") from error
+        raise TeamError("another process of the run ended or cannot be reached; start the same command again") from error
