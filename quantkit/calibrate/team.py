@@ -270,4 +270,6 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise TeamError("another process of the run ended or cannot be reached; start the same command again") from error
+        raise TeamError(
+            "another process of the run ended or cannot be reached; start the same command again"
+        ) from error

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float, Int8
@@ -36,7 +35,7 @@ class QuantizedTensor:
             raise ValueError(f"{self.scale.shape[1]} groups do not divide {self.codes.shape[1]} input features")
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> Self:
+    def of(cls, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> "QuantizedTensor":
         """Return what `tensors` was made of."""
         return cls(codes=tensors["codes"], scale=tensors["scale"], zero_point=tensors.get("zero_point"), scheme=scheme)
 
