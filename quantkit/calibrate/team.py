@@ -8,6 +8,7 @@ same to the last bit for all of them.
 import json
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from quantkit.model.block import Block
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=4)  # for one that downloads or writes text while the others wait; a death is seen at once
-PATIENCE = 5.0  # seconds in which processes that are alive tell that they end
+PATIENCE = 20.0, 3.0  # seconds in which processes that are alive tell that they end, and in which the last one may
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,14 +221,18 @@ class Team:
         return None if spoken else [rank for rank in range(self.size) if rank not in heard]
 
     def _hear(self, *, cause: bool) -> dict[int, str]:
-        """Return by rank the last words of those who have any within `PATIENCE`, and this process's own."""
+        """Return by rank the last words of those who have any soon, and this process's own."""
         assert self.store is not None
         self.store.set(f"{self.rank}", "cause" if cause else "lost")
-        until, heard = time.monotonic() + PATIENCE, dict[int, str]()
-        while len(heard) < self.size and time.monotonic() < until:
+        heard = dict[int, str]()
+        began = last = time.monotonic()
+        while len(heard) < self.size:
             for rank in range(self.size):
                 if rank not in heard and self.store.check([f"{rank}"]):
-                    heard[rank] = self.store.get(f"{rank}").decode()
+                    heard[rank], last = self.store.get(f"{rank}").decode(), time.monotonic()
+            missing = self.size - len(heard)
+            if time.monotonic() > (last + PATIENCE[1] if missing == 1 else began + PATIENCE[0]):
+                break
             time.sleep(0.05)
         return heard
 
@@ -269,7 +274,10 @@ def together() -> Iterator[None]:
     """Turn what torch.distributed raises, which is no narrower, into TeamError."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, KeyboardInterrupt) as error:
+        traceback.clear_frames(error.__traceback__)  # they hold connections, which others wait on until they close
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise TeamError(
             "another process of the run ended or cannot be reached; start the same command again"
         ) from error
