@@ -6,7 +6,8 @@
     ├── DataError           4   the calibration or evaluation text: missing, too short, malformed
     ├── NetworkError        5   the Hub cannot be reached, or refuses
     ├── OutputError         6   the output directory: exists, full disk, not writable
-    └── CheckFailure        7   `quantkit check` found at least one fault
+    ├── CheckFailure        7   `quantkit check` found at least one fault
+    └── TeamError           8   another process of a run on several ended
 
 A message is one sentence that says what is wrong and, after a semicolon or in a second sentence, what to do next.
 """
@@ -56,6 +57,12 @@ class CheckFailure(QuantkitError):
     """`quantkit check` found at least one fault."""
 
     exit_code = 7
+
+
+class TeamError(QuantkitError):
+    """Another process of a run on several ended or cannot be reached."""
+
+    exit_code = 8
 
 
 class QuantkitWarning(UserWarning):
