@@ -133,7 +133,7 @@ def quantized(team, directory, name):
     how |= RUNS[name]
     if "target_bpw" in how:
         del how["wbits"]
-    return execute(prepare(api.make_recipe("tiny", **how), "cpu", team), directory / name, overwrite=True)
+    return execute(prepare(api.make_recipe("tiny", **how), "cpu", team=team), directory / name, overwrite=True)
 
 
 def judged(team, directory):

@@ -207,7 +207,7 @@ def test_what_cannot_be_split_is_refused(samples, batch_size):
 def test_an_uneven_batch_is_refused_before_anything_is_read():
     recipe = api.make_recipe("no-such-model", samples=8, batch_size=3)
     with pytest.raises(UsageError, match="cannot be split over 2 processes"):
-        prepare(recipe, "cpu", Team(size=2))
+        prepare(recipe, "cpu", team=Team(size=2))
 
 
 def test_a_process_without_a_launcher_is_alone(monkeypatch):
