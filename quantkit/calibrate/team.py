@@ -6,10 +6,10 @@ same to the last bit for all of them.
 """
 
 import json
+import math
 import os
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,7 +27,7 @@ from quantkit.model.block import Block
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=4)  # for one that downloads or writes text while the others wait; a death is seen at once
-PATIENCE = 20.0, 3.0  # seconds in which processes that are alive tell that they end, and in which the last one may
+PATIENCE, SOON = 20.0, 3.0  # seconds in which processes tell that they end; in which one does that should by now
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class Team:
         local_rank: which of those on its machine this one is, from 0.
         local_size: how many are on its machine.
         store: where they leave word for each other, None for one alone.
+        elastic: whether the launcher keeps the store; otherwise the first process does.
     """
 
     rank: int = 0
@@ -49,6 +50,7 @@ class Team:
     local_rank: int = 0
     local_size: int = 1
     store: Store | None = None
+    elastic: bool = False
 
     @classmethod
     @contextmanager
@@ -78,11 +80,12 @@ class Team:
                 timeout=TIMEOUT,
             )
         here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        elastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         try:
-            yield cls(rank=rank, size=size, local_rank=local, local_size=here, store=PrefixStore("word", store))
+            word = PrefixStore("word", store)
+            yield cls(rank=rank, size=size, local_rank=local, local_size=here, store=word, elastic=elastic)
         finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            dist.destroy_process_group()
 
     @classmethod
     def current(cls) -> Self:
@@ -206,33 +209,42 @@ class Team:
     def farewell(self, *, cause: bool) -> list[int] | None:
         """Tell the others that this process ends; return which ended without a word, None if another one tells why.
 
-        `cause` says whether this process knows why. Of those who do the first speaks, and where none does, one of those
-        that are left.
+        `cause` says whether this process knows why. Of those who do the first speaks; where none does, the process that
+        keeps the store, or one of all if the launcher keeps it. Everyone else must leave at once, because some notice
+        that a process is gone only when those next to them leave.
         """
         assert self.store is not None, "a process alone has nobody to tell"
-        dist.destroy_process_group()  # those who wait for this one notice now
+        everyone = range(self.size)
         try:
-            heard = self._hear(cause=cause)
-            if any(word == "cause" and (rank < self.rank or not cause) for rank, word in heard.items()):
+            self.store.set(f"{self.rank}", "cause" if cause else "lost")
+            if cause:
+                told = self.rank > 0 and self._hear([0], SOON).get(0) == "cause"
+                told = told or self.store.add("told", 1) > 1
+                self._hear(everyone if self._keeps_store() else [], SOON)
+                return None if told else []
+            time.sleep(0.5)  # a process that dies closes its connections one after the other, the store perhaps last
+            if self.store.add("lost", 1) > 1 if self.elastic else not self._keeps_store():
                 return None
-            spoken = self.store.add("spoken", 1) > 1
+            heard = self._hear(everyone, PATIENCE)
         except RuntimeError:  # the store is gone, and the first process with it
             return [0] if self.rank == 1 else None
-        return None if spoken else [rank for rank in range(self.size) if rank not in heard]
+        return None if "cause" in heard.values() else [rank for rank in everyone if rank not in heard]
 
-    def _hear(self, *, cause: bool) -> dict[int, str]:
-        """Return by rank the last words of those who have any soon, and this process's own."""
+    def _keeps_store(self) -> bool:
+        """Return whether the store ends with this process; raises RuntimeError if it has ended."""
         assert self.store is not None
-        self.store.set(f"{self.rank}", "cause" if cause else "lost")
-        heard = dict[int, str]()
-        began = last = time.monotonic()
-        while len(heard) < self.size:
-            for rank in range(self.size):
-                if rank not in heard and self.store.check([f"{rank}"]):
-                    heard[rank], last = self.store.get(f"{rank}").decode(), time.monotonic()
-            missing = self.size - len(heard)
-            if time.monotonic() > (last + PATIENCE[1] if missing == 1 else began + PATIENCE[0]):
-                break
+        self.store.check(["0"])
+        return self.leads and not self.elastic
+
+    def _hear(self, ranks: Iterable[int], patience: float) -> dict[int, str]:
+        """Return the last words of processes, of those who have any soon; for the last of them no one waits long."""
+        assert self.store is not None
+        missing, heard, began = set(ranks), dict[int, str](), time.monotonic()
+        last = began
+        while missing and time.monotonic() < min(began + patience, last + SOON if len(missing) == 1 else math.inf):
+            for rank in [rank for rank in missing if self.store.check([f"{rank}"])]:
+                heard[rank], last = self.store.get(f"{rank}").decode(), time.monotonic()
+                missing.remove(rank)
             time.sleep(0.05)
         return heard
 
@@ -273,10 +285,7 @@ def together() -> Iterator[None]:
     """Turn what torch.distributed raises, which is no narrower, into TeamError."""
     try:
         yield
-    except (RuntimeError, KeyboardInterrupt) as error:
-        traceback.clear_frames(error.__traceback__)  # they hold connections, which others wait on until they close
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    except RuntimeError as error:
         raise TeamError(
             "another process of the run ended or cannot be reached; start the same command again"
         ) from error
