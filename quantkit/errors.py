@@ -9,18 +9,28 @@
     ├── CheckFailure        7   `quantkit check` found at least one fault
     └── TeamError           8   another process of a run on several ended
 
-A message is one sentence that says what is wrong and, after a semicolon or in a second sentence, what to do next.
+A message is one sentence that says what is wrong and, after a semicolon or in a second sentence, what to do next. It
+quotes what others wrote, so it is made fit for one line of a terminal, whatever that was.
 """
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import ClassVar
 
+LONGEST = 1000  # characters of a message
+
 
 class QuantkitError(Exception):
     """Base of all errors that are the user's to solve; anything else is a bug in quantkit."""
 
     exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        """Return the message: printable, in one line, its middle left out where it is very long."""
+        text = super().__str__()
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class UsageError(QuantkitError):

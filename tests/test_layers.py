@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "quantkit"
 LEVELS = [
-    {"errors", "resources"},
+    {"errors", "resources", "untrusted"},
     {"host", "units"},
     {"core"},
     {"model"},
