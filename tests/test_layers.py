@@ -16,7 +16,7 @@ LEVELS = [
     {"exporters"},
     {"runtime"},
     {"evaluation"},
-    {"methods", "presets"},
+    {"methods", "modules", "presets"},
     {"recipe"},
     {"workload"},
     {"costs", "allocation", "conversion"},
