@@ -139,11 +139,13 @@ def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch):
 
 def test_tables_and_plots(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(rnn_pruning.SCALES, "quick", TINY)
-    monkeypatch.setattr(sys, "argv", ["rnn_pruning.py", "--quick", "--work", str(tmp_path), "--plots", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["rnn_pruning.py", "--quick", "--kinds", "lstm", "--work", str(tmp_path), "--plots", str(tmp_path)]
+    )
     monkeypatch.setattr(rnn_pruning, "LEVELS", [60, 100])
     rnn_pruning.main()
     printed = capsys.readouterr().out
-    assert "| both 60 % | 0." in printed
+    assert "| both 60 % | – | – | 0." in printed
     assert "| both, published | 80 % | 70 % | 60 % | 80 % |" in printed
     assert printed.count("| network | epochs |") == printed.count("| mean accuracy |") == 1
     drawn = {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}

@@ -2,8 +2,8 @@
 
 A graph of Watts and Strogatz or of Barabási and Albert becomes acyclic by pointing every edge from the node with the
 smaller number to that with the larger. A node's layer is one more than the last layer of the nodes that point to it;
-the sources are layer 0. Each layer is a recurrent layer of its nodes, whose inputs are all nodes of all layers before it,
-masked to the graph's edges; within a layer every node sees every node of the step before. Sources see the embedded
+the sources are layer 0. Each layer is a recurrent layer of its nodes, whose inputs are all nodes of all layers before
+it, masked to the graph's edges; within a layer every node sees every node of the step before. Sources see the embedded
 letter, and the last layer is what the classifier reads.
 """
 
