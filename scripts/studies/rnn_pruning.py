@@ -1,8 +1,9 @@
 """Sparse recurrent networks: prune RNN-Tanh, RNN-ReLU, LSTM and GRU by threshold, and wire them as random graphs.
 
-    python scripts/studies/rnn_pruning.py --scale quick                      # minutes
-    python scripts/studies/rnn_pruning.py --scale docs --plots docs          # what docs/rnn-pruning.md shows
-    python scripts/studies/rnn_pruning.py                                    # the sizes of the study: days on one core
+    python scripts/studies/rnn_pruning.py --quick                            # minutes
+    python scripts/studies/rnn_pruning.py --scale docs --plots docs          # for docs/rnn-pruning.md, half an hour
+    python scripts/studies/rnn_pruning.py --scale long --kinds relu lstm     # for its table of longer training
+    python scripts/studies/rnn_pruning.py                                    # the study's sizes: a day on one core
 
 The study is H. Darji, Investigating Sparsity in Recurrent Neural Networks (2021, arXiv 2407.20601). Finished
 configurations are lines of results.jsonl in --work: a run that was stopped goes on where it was, and --table prints
@@ -31,7 +32,6 @@ from quantkit import Masks, apply_masks, prune_module
 from quantkit.model.matrices import TARGETS, find_matrices
 
 LEVELS = range(10, 101, 10)
-LEARNED = 0.999  # training ends after an epoch in which this share of the training strings was judged rightly
 RECOVERED = 0.002  # retraining ends when the test accuracy is at most this far below that of the dense network
 Job = dict[str, Any]
 
@@ -40,7 +40,8 @@ Job = dict[str, Any]
 class Sizes:
     """Everything that decides what is computed; the defaults are the study's.
 
-    `graph_strings` counts the strings of the random structures' training and test together, as `strings` does.
+    `strings` and `graph_strings`, those of the random structures, count strings to train on and to judge on together.
+    Training ends before `epochs` after one in which `enough` of the strings that it saw were judged rightly.
     """
 
     strings: int = 25_000
@@ -49,6 +50,7 @@ class Sizes:
     batch: int = 32
     rate: float = 1e-3
     epochs: int = 50
+    enough: float = 2.0
     retrain: int = 10
     graphs: int = 100
     graph_strings: int = 25_000
@@ -58,13 +60,13 @@ class Sizes:
     seed: int = 0
 
 
+GRAPHS = {"graphs": 15, "graph_strings": 3200, "graph_epochs": 10, "graph_batch": 64, "graph_rate": 0.01}
 SCALES = {
     "study": Sizes(),
-    "docs": Sizes(
-        strings=6000, epochs=25, graphs=15, graph_strings=3200, graph_epochs=10, graph_batch=64, graph_rate=0.01
-    ),
+    "docs": Sizes(strings=6000, epochs=25, enough=0.999, **GRAPHS),
+    "long": Sizes(strings=6000, epochs=60, retrain=1, graphs=0),
     "quick": Sizes(
-        strings=2000, hidden=24, layers=2, rate=3e-3, epochs=15, retrain=2, graphs=3, graph_strings=1200, graph_epochs=5
+        strings=2000, hidden=24, layers=2, rate=5e-3, epochs=15, enough=0.99, retrain=2, **GRAPHS | {"graphs": 3}
     ),
 }
 
@@ -122,7 +124,7 @@ class Study:
         optimizer = torch.optim.Adam(network.parameters(), lr=self.sizes.rate)
         generator = torch.Generator().manual_seed(self.sizes.seed)
         accuracies, learned = [], 0.0
-        while learned < LEARNED and len(accuracies) < self.sizes.epochs:
+        while learned < self.sizes.enough and len(accuracies) < self.sizes.epochs:
             learned = train_epoch(network, self.training, optimizer, generator, self.sizes.batch)
             accuracies.append(accuracy(network, self.test))
         torch.save(network.state_dict(), self._saved(job["kind"]))
