@@ -17,7 +17,7 @@ LEVELS = [
     {"exporters"},
     {"runtime"},
     {"evaluation"},
-    {"methods", "presets"},
+    {"methods", "modules", "presets"},
     {"recipe"},
     {"workload"},
     {"costs", "allocation", "conversion", "provenance"},
