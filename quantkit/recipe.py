@@ -6,15 +6,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain
 from math import isfinite
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Self, TypeVar
 
 import tomli_w
 
 from quantkit import methods, presets
 from quantkit.calibrate.passes import Pass, Phase
 from quantkit.core.scheme import MAX_BITS, MIN_BITS, QuantScheme
-from quantkit.errors import UsageError, nearest
+from quantkit.errors import UsageError
+from quantkit.fields import build_dataclass, refuse_misfits, refuse_unknown
 
 R = TypeVar("R", bound="Recipe")
 
@@ -160,15 +160,15 @@ class Recipe:
             if "target_bpw" in table:
                 table["scheme"] = _scheme_of_target(table.get("scheme", {"group_size": DEFAULT_GROUP_SIZE}))
             if "scheme" in table:  # a table without group_size means one scale per row; no table means the default
-                table["scheme"] = _build_dataclass(QuantScheme, table["scheme"])
+                table["scheme"] = build_dataclass(QuantScheme, table["scheme"])
             text = table.pop("calibration", {})
-            table["calibration"] = _build_dataclass(Calibration, text)
+            table["calibration"] = build_dataclass(Calibration, text)
             table |= {name: tuple(table.pop(name, ())) for name in ("ignore", "formats")}
             if model is not None:
                 table["model"] = model
             if "model" not in table:
                 raise UsageError(f"the recipe {path} names no model; give one on the command line")
-            recipe: Self = _build_dataclass(cls, {**table, "passes": steps} if steps else table)
+            recipe: Self = build_dataclass(cls, {**table, "passes": steps} if steps else table)
         except OSError as error:
             raise UsageError(f"cannot read the recipe {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -223,9 +223,9 @@ def with_changes(
     if method is not None and preset is not None:
         raise UsageError(f"--method {method} and --preset {preset} both say how to quantize; give one")
     own, scheme, calibration = ([f.name for f in fields(kind)] for kind in (Recipe, QuantScheme, Calibration))
-    _refuse_unknown(changes, [*own, *scheme, *calibration], "a recipe")
+    refuse_unknown(changes, [*own, *scheme, *calibration], "a recipe")
     for kind, names in ((Recipe, own), (QuantScheme, scheme), (Calibration, calibration)):
-        _refuse_misfits(kind, {name: value for name, value in changes.items() if name in names}, "the recipe")
+        refuse_misfits(kind, {name: value for name, value in changes.items() if name in names}, "the recipe")
     changes = _settle_bits(changes)
     changed = replace(
         recipe,
@@ -259,13 +259,13 @@ def _with_options(
     for option, value in options.items():
         wanted, _, own = option.rpartition(".")
         if wanted:
-            _refuse_unknown([wanted], [*passes], "the list of passes")
-            _refuse_unknown([own], known[wanted], f"the method {wanted}")
+            refuse_unknown([wanted], [*passes], "the list of passes")
+            refuse_unknown([own], known[wanted], f"the method {wanted}")
         owner = wanted or next((name for name, names in known.items() if own in names), None)
         if owner is None:
             where = f"the method {' + '.join(passes)}"
             _refuse_what_others_have(own, where)
-            _refuse_unknown([own], [*chain.from_iterable(known.values())], where)
+            refuse_unknown([own], [*chain.from_iterable(known.values())], where)
         changed[owner or ""][own] = value
     return changed
 
@@ -342,54 +342,9 @@ def _method(name: str) -> Any:  # noqa: ANN401  the class of a pass
 
 def _build(name: str, options: Mapping[str, Any], scheme: QuantScheme) -> Pass:
     method = _method(name)
-    _refuse_misfits(method, options, f"the method {name}")
+    refuse_misfits(method, options, f"the method {name}")
     step: Pass = replace(method.for_scheme(scheme), **options)
     return step
-
-
-def _build_dataclass(kind: type, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    _refuse_misfits(kind, values, f"the table of {kind.__name__.lower()}")
-    return kind(**values)
-
-
-def _refuse_misfits(kind: type, values: Mapping[str, Any], where: str) -> None:
-    """Raise UsageError for a value that the dataclass `kind` has no field for, or whose type is not the field's."""
-    _refuse_unknown(values, [f.name for f in fields(kind)], where)
-    hints = get_type_hints(kind)
-    for name, value in values.items():
-        if not _fits(value, hints[name]):
-            raise UsageError(f"{name} in {where} must be {_describe(hints[name])}, not {value!r}")
-
-
-def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401  a type, or a form of the typing module
-    if isinstance(hint, UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if hint in (int, float) and isinstance(value, bool):
-        return False  # Python counts True as an int; a recipe does not
-    return isinstance(value, (int, float) if hint is float else get_origin(hint) or hint)
-
-
-def _describe(hint: Any) -> str:  # noqa: ANN401
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    words = {
-        int: "an integer",
-        float: "a number",
-        bool: "true or false",
-        str: "a string",
-        NoneType: "left out",
-    }
-    return " or ".join(words.get(part, str(part)) for part in parts)
-
-
-def _refuse_unknown(given: Iterable[str], known: Sequence[str], where: str) -> None:
-    for name in given:
-        if name not in known:
-            hint = nearest(name, known) if known else ""
-            raise UsageError(f"{where} has no {name!r}{hint}")
 
 
 def _without_none(value: Any) -> Any:  # noqa: ANN401  TOML has no null: what is left out is the default

@@ -16,7 +16,7 @@ LEVELS = [
     {"exporters"},
     {"runtime"},
     {"evaluation"},
-    {"methods", "presets"},
+    {"methods", "presets", "fields"},
     {"recipe"},
     {"workload"},
     {"costs", "allocation", "conversion"},
