@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         CheckResult,
         Comparison,
         Exported,
+        Pruned,
         Quantized,
         check,
         compare,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         load,
         make_recipe,
         plan,
+        prune,
         quantize,
     )
 
@@ -30,6 +32,7 @@ __all__ = [
     "CheckResult",
     "Comparison",
     "Exported",
+    "Pruned",
     "Quantized",
     "check",
     "compare",
@@ -40,6 +43,7 @@ __all__ = [
     "load",
     "make_recipe",
     "plan",
+    "prune",
     "quantize",
 ]
 

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit import display, judging
+from quantkit import display, judging, pruning_command
 from quantkit.errors import CheckFailure, UsageError, nearest
 from quantkit.failures import OneLine, errors
-from quantkit.flags import Device, Json, Output, Revision
+from quantkit.flags import Device, Json, Output, Revision, Sparsity
+from quantkit.pruning_command import given, run, settings
 
 app = typer.Typer(
     name="quantkit",
@@ -110,6 +111,10 @@ def quantize(
         bool | None,
         typer.Option("--aug-loss/--no-aug-loss", help="Second loss term. (default: paper at 2 bits and W4A4)"),
     ] = None,
+    prune: Annotated[
+        str | None, typer.Option(help="Prune first, with this method: quantkit list pruners. (default: none)")
+    ] = None,
+    sparsity: Sparsity = None,
     rotate: Annotated[
         bool | None,
         typer.Option("--rotate/--no-rotate", help="Rotate the residual stream, folded into weights. (default: no)"),
@@ -150,8 +155,6 @@ def quantize(
     quantkit quantize tiny --wbits 3 --group-size 32 --calibration embedded --seqlen 128 -o tiny-w3
     """
     with errors(as_json):
-        from quantkit.pipeline import execute, prepare  # torch takes seconds to import: not for --help
-
         scheme = {
             "bits": wbits,
             "symmetric": symmetric,
@@ -168,32 +171,22 @@ def quantize(
             "allow_short": allow_short,
         }
         learning = {"updates": updates, "window": window, "let": let, "lwc_lr": lwc_lr, "aug_loss": aug_loss}
+        pruning = {"sparsity": sparsity}
         chosen = _recipe(
             model,
             recipe,
             {
-                **_given({**scheme, **text, "rotate": rotate, "seed": seed, "revision": revision}),
+                **given({**scheme, **text, "rotate": rotate, "seed": seed, "revision": revision}),
                 **({"ignore": tuple(ignore)} if ignore else {}),
                 **({"formats": _formats(format_)} if format_ else {}),
                 **({"group_size": _group_size(group_size)} if group_size else {}),
             },
             method=method,
             preset=preset,
-            options=_options(_given(learning), set_ or []),
+            prune=prune,
+            options=settings(given({**learning, **pruning}), set_ or []),
         )
-        if not dry_run and output is None:
-            raise UsageError("say where to write with -o DIRECTORY, or look first with --dry-run")
-        if output is not None:
-            from quantkit.model.writer import refuse_existing
-
-            refuse_existing(output, overwrite=overwrite)
-        prepared = prepare(chosen, device)
-        if dry_run or output is None:
-            display.plan(prepared.plan, prepared.recipe, as_json=as_json)
-            return
-        with display.QuantizeProgress(prepared.recipe, quiet=as_json) as progress:
-            report = execute(prepared, output, overwrite=overwrite, progress=progress)
-        display.quantized(output, report, as_json=as_json)
+        run(chosen, output, device=device, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
 
 
 @app.command()
@@ -248,7 +241,7 @@ def export(
     with errors(as_json):
         from quantkit import api
 
-        formats, options = _formats(format_), _options({}, set_ or [])
+        formats, options = _formats(format_), settings({}, set_ or [])
         if to is not None and len(formats) > 1:
             raise UsageError(f"-o {to} is the place of one format, not of {len(formats)}; leave out one of them")
         made = []
@@ -258,6 +251,7 @@ def export(
         display.exported(made, as_json=as_json)
 
 
+app.command()(pruning_command.prune)
 for command in (judging.evaluate, judging.compare, judging.generate):
     app.command()(command)
 app.command(
@@ -268,10 +262,10 @@ app.command(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="methods, presets, models, calibrations or formats.")],
+    what: Annotated[str, typer.Argument(help="methods, pruners, presets, models, calibrations or formats.")],
     as_json: Json = False,
 ) -> None:
-    """List what there is: methods, presets, models (aliases), calibrations (texts) or formats."""
+    """List what there is: methods, pruners, presets, models (aliases), calibrations (texts) or formats."""
     with errors(as_json):
         from quantkit import catalogue
 
@@ -306,22 +300,6 @@ def _recipe(model: str | None, file: Path | None, changes: dict[str, Any], **how
     if model is not None:
         return from_defaults(model, changes, **how)
     raise UsageError("name a model: quantkit quantize MODEL -o DIRECTORY (quantkit list models shows aliases)")
-
-
-def _options(flags: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """Return the hyper-parameters that have a flag of their own, and those of `--set`."""
-    from quantkit.recipe import parse_setting
-
-    options = dict(flags)
-    for name, value in map(parse_setting, settings):
-        if name in options:
-            raise UsageError(f"the hyper-parameter {name} is given twice; leave one out")
-        options[name] = value
-    return options
-
-
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _formats(text: str) -> tuple[str, ...]:

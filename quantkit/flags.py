@@ -14,3 +14,16 @@ Runtime = Annotated[
     str,
     typer.Option(help="dense unpacks the weights, as transformers does; packed computes with them packed."),
 ]
+Sparsity = Annotated[
+    str | None,
+    typer.Option(
+        help="How much is pruned: a share such as 0.5, or N:M such as 2:4: N of every M inputs stay. (default: 0.5)"
+    ),
+]
+Allocation = Annotated[
+    str | None,
+    typer.Option(
+        help="What share each linear loses: uniform, magnitude (one threshold for the whole model), loss or mfac"
+        " (what costs the blocks' outputs least). (default: uniform)"
+    ),
+]

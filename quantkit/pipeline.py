@@ -36,6 +36,7 @@ from quantkit.model.skeleton import Skeleton
 from quantkit.model.writer import Writer, refuse_existing, refuse_full_disk
 from quantkit.planning import Plan, make_plan
 from quantkit.recipe import Recipe
+from quantkit.sparsities import pruned_facts
 from quantkit.workload import writing_batch
 
 _WRITTEN = {"config.json", RECIPE, REPORT, CHECK}
@@ -151,6 +152,8 @@ def _export(recipe: Recipe, output: Path, progress: Progress) -> None:
 
 
 def _refuse_formats(recipe: Recipe, source: Source, plan: Plan) -> None:
+    if not plan.rounds:
+        return
     schemes = {str(each): each for each in plan.budget.schemes} if plan.budget else plan.schemes
     refuse_unfit(recipe.formats, schemes, plan.shapes, plan.classes, source.path)
 
@@ -192,6 +195,7 @@ def _engine(prepared: Prepared, checkpoint: Checkpoint) -> Engine:
         scale_dtype=prepared.plan.scale_dtype,
         device=prepared.plan.device,
         seed=prepared.recipe.seed,
+        sparsity=prepared.plan.sparsity,
         rotation=prepared.rotation,
     )
 
@@ -203,11 +207,13 @@ class _Sink:
         self.prepared, self.checkpoint, self.writer = prepared, checkpoint, writer
         self.replaced: set[str] = set()
         self.written: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.zeros: dict[str, int] = {}  # of what was pruned
 
     def emit(self, block: Block) -> None:
         """Write the tensors that were made of a block under the names that the source gave them."""
         exporter, skeleton = CompressedTensors(), self.prepared.skeleton
-        for site in block.sites:
+        self.zeros |= {site.name: int((~site.mask).sum()) for site in block.sites if site.mask is not None}
+        for site in block.sites if self.prepared.plan.rounds else ():
             stored = skeleton.stored_name(site.parameter, self.checkpoint)
             assert stored is not None, f"{site.name} was loaded but is not in the checkpoint"
             assert site.quantized is not None, f"{site.name} was not rounded"
@@ -307,7 +313,8 @@ def _write_side_files(prepared: Prepared, writer: Writer, report: Mapping[str, A
     plan = prepared.plan
     if prepared.rotation:  # said even where it is the family's default
         config["tie_word_embeddings"] = False
-    config["quantization_config"] = CompressedTensors().config(plan.schemes, plan.classes, plan.dense)
+    if plan.rounds:
+        config["quantization_config"] = CompressedTensors().config(plan.schemes, plan.classes, plan.dense)
     writer.write_text("config.json", _json(config))
     writer.write_text(RECIPE, prepared.recipe.to_toml())
     writer.write_text(REPORT, _json(report))
@@ -350,7 +357,12 @@ def _report(
         },
         "blocks": [asdict(block) for block in blocks],
         **({"allocation": plan.allocation.facts()} if plan.allocation else {}),
-        "sites": list(plan.schemes),
+        **(
+            {"sparsity": pruned_facts(plan.shapes, plan.sparsity, sink.zeros, sink.writer.directory)}
+            if plan.sparsity
+            else {}
+        ),
+        "sites": list(plan.schemes) if plan.rounds else [],
         "tensors": tensor_manifest(sink.written),
         "sha256": dict(hashes),
     }

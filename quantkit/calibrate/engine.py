@@ -6,7 +6,7 @@ the codes of all blocks.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.passes import Pass, Window
 from quantkit.calibrate.record import finish, make_head, record
 from quantkit.calibrate.walk import BlockReport, Listener, Walk
+from quantkit.core.masks import Sparsity
 from quantkit.core.scheme import QuantScheme
 from quantkit.model.activations import Activations
 from quantkit.model.block import Block, Site
@@ -50,6 +51,7 @@ class Engine:
         scale_dtype: dtype in which scales are stored.
         device: where blocks are computed.
         seed: seed of everything random.
+        sparsity: module name → how much of it a pruning pass drops, of every linear that is pruned.
         rotation: rotates the residual stream of the model, of both streams alike; None: no rotation.
     """
 
@@ -60,6 +62,7 @@ class Engine:
     scale_dtype: torch.dtype
     device: torch.device
     seed: int = 0
+    sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
     rotation: Rotation | None = None
 
     @property
@@ -177,6 +180,7 @@ class Engine:
                         group=family.group_of(local_name) if family else local_name,
                         scheme=self.schemes[name],
                         scale_dtype=self.scale_dtype,
+                        sparsity=self.sparsity.get(name),
                     )
                 )
         prefix = self.skeleton.module_name(index, "")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from quantkit.core.masks import Sparsity
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import QuantScheme
 from quantkit.model.activations import Activations
@@ -35,6 +36,9 @@ class Site:
         group: name of the group of linears that share this one's input.
         scheme: what the weight becomes.
         scale_dtype: dtype in which scales are stored.
+        sparsity: how much of the weight a pruning pass drops; None: nothing.
+        mask: what a pruning pass decided, bool of the weight's shape, True where a weight stays; the others are exactly
+            zero from then on. None: no pass pruned.
         quantized: the result, None until a rounding pass ran.
         learned: what a pass keeps for the next window that holds the site, None at first.
     """
@@ -45,6 +49,8 @@ class Site:
     group: str
     scheme: QuantScheme
     scale_dtype: torch.dtype
+    sparsity: Sparsity | None = None
+    mask: Tensor | None = None
     quantized: QuantizedTensor | None = None
     learned: Any = None
 

@@ -224,7 +224,9 @@ class OmniQuant:
 
     def _quantizer(self, site: Site) -> WeightQuantizer:
         offset = self.rounding or self.weights
-        return WeightQuantizer(site.weight.detach(), site.scheme, site.scale_dtype, clip=self.lwc, offset=offset)
+        return WeightQuantizer(
+            site.weight.detach(), site.scheme, site.scale_dtype, clip=self.lwc, offset=offset, mask=site.mask
+        )
 
     def _transforms(self, window: Window) -> list[BlockTransform]:
         """Return the transforms of the window's blocks; those of an earlier window are folded already."""
