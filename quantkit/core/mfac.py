@@ -108,7 +108,12 @@ class BlockFisher:
         here = _blocks(kept.to(self.blocks.dtype).unsqueeze(0), self.blocks.shape[1])[:, 0]
         matrix = self.blocks * here.unsqueeze(1) * here.unsqueeze(2)
         matrix.diagonal(dim1=1, dim2=2).add_(1 - here)
-        return BlockInverse(blocks=torch.cholesky_inverse(torch.linalg.cholesky(matrix)), size=self.size)
+        means, more = matrix.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True), 1e-6
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        while failed.any():  # as far apart as float32 cannot tell: more of λ there
+            matrix.diagonal(dim1=1, dim2=2).add_(means * more * (failed > 0).unsqueeze(1))
+            (factor, failed), more = torch.linalg.cholesky_ex(matrix), 10 * more
+        return BlockInverse(blocks=torch.cholesky_inverse(factor), size=self.size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,14 +228,15 @@ def obs_prune(  # noqa: PLR0913  the problem, F and how often it is computed
     """
     flat, kept = weight.flatten(), torch.ones(weight.numel(), dtype=torch.bool)
     shared = BlockFisher.of(gradients, damp=damp, block=block) if len(gradients) >= block else None
-    for density in densities(1.0, 1 - sparsity.share, recomputations):
+    steps = [1 - density for density in densities(1.0, 1 - sparsity.share, recomputations)]
+    for share in [*steps[:-1], sparsity.share]:  # the last one without the rounding of a power
         if shared is not None:
             inverse: StaticFisher | BlockInverse = shared.inverse(kept)
         else:
             inverse = StaticFisher.of(gradients * kept, damp=damp, block=block)
         diagonal = inverse.diagonal()
         costs = saliency(flat, diagonal).masked_fill(~kept, -torch.inf).view_as(weight)
-        kept = _cheapest(costs, sparsity, 1 - density, by_row=by_row).flatten()
+        kept = _cheapest(costs, sparsity, share, by_row=by_row).flatten()
         flat = surgeon(flat, kept, inverse, diagonal)
     kept = kept.view_as(weight)
     return kept, flat.view_as(weight)
@@ -254,5 +260,6 @@ def densities(start: float, end: float, steps: int) -> list[float]:
 def _blocks(vectors: Float[Tensor, "m size"], width: int) -> Float[Tensor, "blocks m width"]:
     """Return the vectors cut into blocks, the last one filled up with zeros."""
     width = min(width, vectors.shape[1])
-    filled: Tensor = torch.nn.functional.pad(vectors, (0, -vectors.shape[1] % width))
-    return filled.unflatten(1, (-1, width)).transpose(0, 1).contiguous()
+    filled = torch.nn.functional.pad(vectors, (0, -vectors.shape[1] % width))
+    parts: Tensor = filled.view(len(vectors), -1, width).transpose(0, 1).contiguous()
+    return parts
