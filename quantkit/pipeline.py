@@ -36,7 +36,8 @@ from quantkit.model.skeleton import Skeleton
 from quantkit.model.writer import Writer, refuse_existing, refuse_full_disk
 from quantkit.planning import Plan, make_plan
 from quantkit.recipe import Recipe
-from quantkit.sparsities import pruned_facts
+from quantkit.shares import allocated
+from quantkit.sparsities import pruned_facts, pruner_of
 from quantkit.workload import writing_batch
 
 _WRITTEN = {"config.json", RECIPE, REPORT, CHECK}
@@ -122,9 +123,7 @@ def execute(
     progress.stage("verifying weights")
     for _ in checkpoint.verify_finite():
         pass
-    if prepared.plan.budget:
-        progress.stage("measuring")
-        prepared = _spend(prepared, checkpoint, tokens, progress)
+    prepared = _share(_spend(prepared, checkpoint, tokens, progress), checkpoint, tokens, progress)
     progress.stage("calibrating")
     with Writer(output, overwrite=overwrite) as writer:
         sink = _Sink(prepared, checkpoint, writer)
@@ -168,9 +167,11 @@ def _refuse_what_cannot_work(prepared: Prepared, output: Path, *, overwrite: boo
 
 
 def _spend(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, progress: Progress) -> Prepared:
-    """Return the run with its budget of bits spent by measured losses."""
+    """Return the run with its budget of bits, if it has one, spent by measured losses."""
     plan = prepared.plan
-    assert plan.budget is not None
+    if not plan.budget:
+        return prepared
+    progress.stage("measuring")
     learns = any(step.learns for step in prepared.recipe.build_passes().values())
     losses = Sensitivity(
         skeleton=prepared.skeleton,
@@ -184,6 +185,16 @@ def _spend(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, progress:
     spent = plan.spend(losses)
     CompressedTensors().check(spent.schemes)
     return replace(prepared, plan=spent)
+
+
+def _share(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, progress: Progress) -> Prepared:
+    """Return the run with the share that each linear loses, where the pass that prunes does not say the same of all."""
+    step = pruner_of(prepared.recipe.build_passes())
+    if step is None or step.allocation == "uniform":
+        return prepared
+    progress.stage("measuring")
+    found = allocated(step.allocation, _engine(prepared, checkpoint), tokens, progress.progress)
+    return replace(prepared, plan=replace(prepared.plan, sparsity=found))
 
 
 def _engine(prepared: Prepared, checkpoint: Checkpoint) -> Engine:

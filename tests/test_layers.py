@@ -23,6 +23,7 @@ LEVELS = [
     {"costs", "allocation", "conversion", "sparsities"},
     {"sizes"},
     {"planning"},
+    {"shares"},
     {"pipeline", "pictures"},
     {"pruned"},
     {"api", "catalogue", "display"},

@@ -42,7 +42,9 @@ class Samples:
         return float(products.sum(dtype=torch.float64)) / (len(self.inputs) * size)
 
 
-def gradient_samples(window: Window, sites: Sequence[Site], *, gradients: int, tokens: int) -> dict[str, Samples]:
+def gradient_samples(
+    window: Window, sites: Sequence[Site], *, gradients: int, tokens: int, scale: Tensor | None = None
+) -> dict[str, Samples]:
     """Return samples of each site that an input reaches, by full module name; fewer gradients if there are few tokens.
 
     Args:
@@ -50,6 +52,7 @@ def gradient_samples(window: Window, sites: Sequence[Site], *, gradients: int, t
         sites: which linears.
         gradients: how many.
         tokens: the most tokens that are looked at.
+        scale: what the errors of each token are divided by in the loss, (batch, tokens, 1) for every batch; None: 1.
     """
     generator = torch.Generator().manual_seed(window.seed)
     found: dict[str, list[tuple[Tensor, Tensor]]] = {site.name: [] for site in sites}
@@ -58,20 +61,21 @@ def gradient_samples(window: Window, sites: Sequence[Site], *, gradients: int, t
         if seen >= tokens:
             break
         seen += hidden.shape[:2].numel()
-        for name, pair in _of_batch(window, batch, sites, generator).items():
+        for name, pair in _of_batch(window, batch, sites, generator, scale).items():
             found[name].append(pair)
     return {name: _grouped(pairs, gradients, tokens) for name, pairs in found.items() if pairs}
 
 
 @torch.enable_grad()
 def _of_batch(
-    window: Window, batch: int, sites: Sequence[Site], generator: torch.Generator
+    window: Window, batch: int, sites: Sequence[Site], generator: torch.Generator, scale: Tensor | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return inputs and slopes, (tokens, in) and (tokens, out), of the sites that the batch reaches."""
     with _watched(sites) as heard:
         output = window.forward(batch, hidden=window.inputs[batch].float().requires_grad_())
     names = list(heard)
     noise = torch.randn(output.shape, generator=generator).to(output)
+    noise = noise if scale is None else noise / scale.clamp(min=1e-15)
     slopes = torch.autograd.grad(output, [heard[name][1] for name in names], noise, allow_unused=True)
     pairs = {}
     for name, slope in zip(names, slopes, strict=True):
