@@ -194,6 +194,8 @@ def from_defaults(
     Raises:
         UsageError: as `with_changes`.
     """
+    if prune is not None:
+        methods.find("pruners", prune)
     if changes.get("dense"):
         base = replace(Recipe.for_method(model, prune or DEFAULT_PRUNER), dense=True)
         return with_changes(base, changes, prune=prune, options=options)
