@@ -24,6 +24,7 @@ from quantkit.evaluation.vocabulary import refuse_other_tokens
 from quantkit.model import names
 from quantkit.pipeline import Progress, execute, prepare
 from quantkit.planning import Plan
+from quantkit.pruned import Pruned, prune
 from quantkit.recipe import Recipe, from_defaults
 from quantkit.runtime import DEFAULT_RUNTIME, GENERATE_RUNTIME, packed_model
 from quantkit.units import parse_size
@@ -32,6 +33,7 @@ __all__ = [
     "CheckResult",
     "Comparison",
     "Exported",
+    "Pruned",
     "Quantized",
     "check",
     "compare",
@@ -42,6 +44,7 @@ __all__ = [
     "load",
     "make_recipe",
     "plan",
+    "prune",
     "quantize",
 ]
 
@@ -60,6 +63,7 @@ def make_recipe(
     *,
     method: str | None = None,
     preset: str | None = None,
+    prune: str | None = None,
     options: Mapping[str, Any] | None = None,
     **fields: Any,  # noqa: ANN401
 ) -> Recipe:
@@ -69,6 +73,7 @@ def make_recipe(
         model: a directory, a Hub id or an alias.
         method: name of one method, with its own defaults.
         preset: `fast`, `balanced`, `best` or `paper`; None without a method: `balanced`.
+        prune: name of a method that prunes first; None: nothing is pruned.
         options: hyper-parameters; `lr` is set in the first pass that has one of that name, `distill.lr` in that pass.
         fields: `wbits` or `target_bpw` (bits chosen by measured loss), `group_size` (None: one scale per row),
             `symmetric`; `abits`, `symmetric_activations`, `kv_bits`; `rotate`; `ignore` (globs); `calibration` (a name,
@@ -90,7 +95,7 @@ def make_recipe(
     }
     for name in {"ignore", "formats"} & changes.keys():
         changes[name] = tuple(changes[name])
-    return from_defaults(str(model), changes, method=method, preset=preset, options=options)
+    return from_defaults(str(model), changes, method=method, preset=preset, prune=prune, options=options)
 
 
 def quantize(

@@ -65,6 +65,8 @@ def _share(recipe: Recipe, team: Team) -> Recipe:
 
 
 def _refuse_formats(recipe: Recipe, source: Source, plan: Plan) -> None:
+    if not plan.rounds:
+        return
     schemes = {str(each): each for each in plan.budget.schemes} if plan.budget else plan.schemes
     refuse_unfit(recipe.formats, schemes, plan.shapes, plan.classes, source.path)
 

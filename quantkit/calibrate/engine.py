@@ -18,6 +18,7 @@ from quantkit.calibrate.record import finish, make_head, record
 from quantkit.calibrate.streams import Streams
 from quantkit.calibrate.team import Team, unite
 from quantkit.calibrate.walk import BlockReport, Listener, Walk
+from quantkit.core.masks import Sparsity
 from quantkit.core.scheme import QuantScheme
 from quantkit.model.activations import Activations
 from quantkit.model.block import Block, Site
@@ -72,6 +73,7 @@ class Engine:
         scale_dtype: dtype in which scales are stored.
         device: where blocks are computed.
         seed: seed of everything random.
+        sparsity: module name → how much of it a pruning pass drops, of every linear that is pruned.
         rotation: rotates the residual stream of the model, of both streams alike; None: no rotation.
         streams: where the hidden states between blocks are kept.
         team: the processes that share the run; each holds the streams of its own rows of every batch.
@@ -84,6 +86,7 @@ class Engine:
     scale_dtype: torch.dtype
     device: torch.device
     seed: int = 0
+    sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
     rotation: Rotation | None = None
     streams: Streams = field(default_factory=Streams)
     team: Team = field(default_factory=Team)
@@ -222,6 +225,7 @@ class Engine:
                         group=family.group_of(local_name) if family else local_name,
                         scheme=self.schemes[name],
                         scale_dtype=self.scale_dtype,
+                        sparsity=self.sparsity.get(name),
                     )
                 )
         prefix = self.skeleton.module_name(index, "")

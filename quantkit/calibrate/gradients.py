@@ -1,0 +1,109 @@
+"""Gradients of a window's reconstruction loss in each linear's weight, as the products that they are made of.
+
+The loss is the squared distance of the window's output to a target, half of it summed over everything. At the original
+weights its gradients are zero, and at others they say more of the error that is there than of what a change would cost.
+What second-order methods want is their Fisher matrix, whose gradients are those of targets drawn around the output
+itself, y = f(x) + ε with ε standard normal (Kunstner et al., arXiv 1905.12558): E[g g^T] is then the Gauss-Newton
+matrix of the loss. The gradient of a token is an outer product δ x^T of two vectors that one backward pass gives for
+all tokens; the sum over some tokens is one gradient, so as many are had as are wanted.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.calibrate.passes import Window
+from quantkit.model.block import Site
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """What the gradients of one linear are made of.
+
+    Attributes:
+        inputs: (gradients, tokens, in) float32.
+        slopes: (gradients, tokens, out) float32, of the loss in the linear's outputs.
+    """
+
+    inputs: Tensor
+    slopes: Tensor
+
+    def gradients(self, first: int, last: int) -> Tensor:
+        """Return the gradients of some rows of the weight, (gradients, (last - first) * in)."""
+        return (self.slopes[:, :, first:last].transpose(1, 2) @ self.inputs).flatten(1)
+
+    def mean_square(self) -> float:
+        """Return the mean square of all numbers of all gradients."""
+        products = (self.slopes @ self.slopes.transpose(1, 2)) * (self.inputs @ self.inputs.transpose(1, 2))
+        size = self.slopes.shape[2] * self.inputs.shape[2]
+        return float(products.sum(dtype=torch.float64)) / (len(self.inputs) * size)
+
+
+def gradient_samples(
+    window: Window, sites: Sequence[Site], *, gradients: int, tokens: int, scale: Tensor | None = None
+) -> dict[str, Samples]:
+    """Return samples of each site that an input reaches, by full module name; fewer gradients if there are few tokens.
+
+    Args:
+        window: the blocks and their inputs.
+        sites: which linears.
+        gradients: how many.
+        tokens: the most tokens that are looked at.
+        scale: what the errors of each token are divided by in the loss, (batch, tokens, 1) for every batch; None: 1.
+    """
+    generator = torch.Generator().manual_seed(window.seed)
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {site.name: [] for site in sites}
+    seen = 0
+    for batch, hidden in enumerate(window.inputs):
+        if seen >= tokens:
+            break
+        seen += hidden.shape[:2].numel()
+        for name, pair in _of_batch(window, batch, sites, generator, scale).items():
+            found[name].append(pair)
+    return {name: _grouped(pairs, gradients, tokens) for name, pairs in found.items() if pairs}
+
+
+@torch.enable_grad()
+def _of_batch(
+    window: Window, batch: int, sites: Sequence[Site], generator: torch.Generator, scale: Tensor | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return inputs and slopes, (tokens, in) and (tokens, out), of the sites that the batch reaches."""
+    with _watched(sites) as heard:
+        output = window.forward(batch, hidden=window.inputs[batch].float().requires_grad_())
+    names = list(heard)
+    noise = torch.randn(output.shape, generator=generator).to(output)
+    noise = noise if scale is None else noise / scale.clamp(min=1e-15)
+    slopes = torch.autograd.grad(output, [heard[name][1] for name in names], noise, allow_unused=True)
+    pairs = {}
+    for name, slope in zip(names, slopes, strict=True):
+        if slope is not None:
+            pairs[name] = heard[name][0].flatten(0, -2).float(), slope.flatten(0, -2).float()
+    return pairs
+
+
+@contextmanager
+def _watched(sites: Sequence[Site]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Keep what goes into the linears of the sites and comes out, by full module name."""
+    heard: dict[str, tuple[Tensor, Tensor]] = {}
+    names = {site.linear: site.name for site in sites}
+
+    def hear(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        heard[names[linear]] = inputs[0].detach(), output
+
+    handles = [site.linear.register_forward_hook(hear) for site in sites]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _grouped(pairs: Sequence[tuple[Tensor, Tensor]], gradients: int, tokens: int) -> Samples:
+    """Return the tokens in groups of equal size, in their order; what is left over is left out."""
+    inputs, slopes = (torch.cat(parts)[:tokens] for parts in zip(*pairs, strict=True))
+    count = min(gradients, len(inputs))
+    used = len(inputs) // count * count
+    return Samples(inputs=inputs[:used].unflatten(0, (count, -1)), slopes=slopes[:used].unflatten(0, (count, -1)))
