@@ -174,8 +174,9 @@ def _fastest(work: Callable[[], object], device: torch.device) -> float:
 
 
 def stream_bytes(work: Workload) -> int:
-    """Return the size of all streams."""
-    return work.streams * work.samples * work.seqlen * work.width * (2 if work.on_gpu else 4)
+    """Return the size of all streams, and of the check sample's, which lags behind."""
+    check = -(-CHECK_SEQUENCES // work.batch_size) * batch_bytes(work)
+    return work.streams * work.samples * work.seqlen * work.width * (2 if work.on_gpu else 4) + check
 
 
 def kept_bytes(work: Workload, packed: int) -> int:

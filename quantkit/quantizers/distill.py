@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.passes import Phase, Window
 from quantkit.core.affine import stored
 from quantkit.core.qtensor import QuantizedTensor
@@ -88,6 +89,7 @@ class Distill:
             return window.step(place, batch, hidden, parameters, student=True)
 
         def loss(batch: int) -> Tensor:
+            release_freed()  # what all blocks allocated in the update before lies in pieces by now
             hidden = window.inputs[batch].to(window.device).requires_grad_()
             for place in range(len(window.blocks)):
                 hidden = checkpoint(run, place, batch, hidden, use_reentrant=False)
