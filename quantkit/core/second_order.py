@@ -57,18 +57,24 @@ class Curvature:
         matrix = (hessian if order is None else hessian[order][:, order]).to(torch.float64, copy=True)
         matrix.diagonal()[matrix.diagonal() == 0] = mean
         # seen from its other end a lower factor is an upper one, so Cholesky's of the reversed matrix is what is wanted
-        factor, damp = _lower_factor(matrix.flip(0, 1), mean, damp)
+        matrix = matrix.flip(0, 1)
+        factor, damp = _lower_factor(matrix, mean, damp)
+        del matrix  # the largest tensors of a run, for wide linears
         upper = factor.flip(0, 1)
+        del factor
         upper /= upper.diagonal().clone()
         return cls(order=order, feedback=upper.triu_(diagonal=1).float(), damp=damp)
 
 
 def _lower_factor(matrix: Tensor, mean: float, damp: float) -> tuple[Tensor, float]:
-    """Return the Cholesky factor of `matrix` + `damp` * `mean` on the diagonal, and the damp with which it has one."""
+    """Return the Cholesky factor of `matrix` + `damp` * `mean` on the diagonal, and the damp with which it has one.
+
+    The diagonal of `matrix` is changed.
+    """
+    diagonal = matrix.diagonal().clone()
     while True:
-        damped = matrix.clone()
-        damped.diagonal().add_(damp * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        matrix.diagonal().copy_(diagonal + damp * mean)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
             return factor, damp
         damp = max(10 * damp, 1e-6)

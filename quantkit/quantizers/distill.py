@@ -84,12 +84,12 @@ class Distill:
         norms = {name: _Norm(block, local) for block in window.blocks for name, local in self._norm_names(block)}
 
         def run(place: int, batch: int, hidden: Tensor) -> Tensor:
+            release_freed()  # what the block before freed lies in pieces, and all blocks' pieces together are much
             own = f"{window.blocks[place].name}."
             parameters = {name: made() for name, made in {**scales, **norms}.items() if name.startswith(own)}
             return window.step(place, batch, hidden, parameters, student=True)
 
         def loss(batch: int) -> Tensor:
-            release_freed()  # what all blocks allocated in the update before lies in pieces by now
             hidden = window.inputs[batch].to(window.device).requires_grad_()
             for place in range(len(window.blocks)):
                 hidden = checkpoint(run, place, batch, hidden, use_reentrant=False)
