@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.data import evaluation_windows
+from quantkit.calibrate.team import Team
 from quantkit.calibrate.text import Corpus, read_text
 from quantkit.conversion import Exported, export, further
 from quantkit.errors import ModelError, UsageError
@@ -192,6 +193,7 @@ def evaluate(  # noqa: PLR0913
     device: str | None = None,
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    team: Team | None = None,
 ) -> Perplexity:
     """Return the perplexity of a model on a text, by the field's protocol.
 
@@ -206,6 +208,7 @@ def evaluate(  # noqa: PLR0913
         device: as in `quantize`.
         revision: revision on the Hub.
         progress: told (windows done, windows in all), for each model.
+        team: processes that share the windows, see `Team.join`; None: this one alone.
 
     Raises:
         QuantkitError: see `quantkit.errors`.
@@ -217,8 +220,8 @@ def evaluate(  # noqa: PLR0913
         refuse_other_tokens(model, against, revision=revision)
 
     def measure(name: str | Path, revision: str | None) -> Perplexity:
-        loaded, tokenizer = load_with(runtime, name, revision=revision, device=device)
-        return perplexity(loaded, _windows(corpora, loaded, tokenizer, seqlen, windows, bos), progress)
+        loaded, tokenizer = load_with(runtime, name, revision=revision, device=(team or Team()).device(device))
+        return perplexity(loaded, _windows(corpora, loaded, tokenizer, seqlen, windows, bos), progress, team)
 
     measured = measure(model, revision)
     return measured if against is None else replace(measured, reference=measure(against, None))
@@ -238,6 +241,7 @@ def evaluate_tasks(  # noqa: PLR0913
     device: str | None = None,
     revision: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    team: Team | None = None,
 ) -> TaskScores:
     """Return what a model scores in tasks of lm-eval.
 
@@ -256,11 +260,13 @@ def evaluate_tasks(  # noqa: PLR0913
         device: as in `quantize`.
         revision: revision on the Hub.
         progress: told (what, requests answered, requests in all); 0 in all where they are not known.
+        team: processes that share the documents, see `Team.join`; only the first gets the scores.
 
     Raises:
         QuantkitError: see `quantkit.errors`.
     """
     refuse_unknown_runtime(runtime)
+    team = team or Team()
     say = progress or (lambda *_: None)
     ask = _task_runner(
         tasks, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, bos=bos, include_path=include_path, say=say
@@ -270,7 +276,8 @@ def evaluate_tasks(  # noqa: PLR0913
 
     def measure(name: str | Path, revision: str | None) -> TaskScores:
         say(f"loading {name}", 0, 0)
-        return ask(str(name), *load_with(runtime, name, revision=revision, device=device))
+        loaded, tokenizer = load_with(runtime, name, revision=revision, device=team.device(device))
+        return ask(str(name), loaded, tokenizer, team)
 
     measured = measure(model, revision)
     return measured if against is None else replace(measured, reference=measure(against, None))
@@ -374,7 +381,7 @@ def _task_runner(  # noqa: PLR0913
     bos: bool,
     include_path: str | Path | None,
     say: Callable[[str, int, int], None],
-) -> Callable[[str, Model, Tokenizer], TaskScores]:
+) -> Callable[..., TaskScores]:
     """Return what a model, named for the progress, scores in the tasks; what cannot be run is refused now."""
     if isinstance(tasks, str) or not tasks:
         raise UsageError("name at least one task, in a list" if not tasks else f"tasks must be a list, not {tasks!r}")
@@ -389,11 +396,13 @@ def _task_runner(  # noqa: PLR0913
     folder = Path(include_path) if include_path is not None else None
     found = harness.find_tasks(tasks, include_path=folder, num_fewshot=num_fewshot)
 
-    def ask(name: str, model: Model, tokenizer: Tokenizer) -> TaskScores:
+    def ask(name: str, model: Model, tokenizer: Tokenizer, team: Team | None = None) -> TaskScores:
         def told(done: int, total: int) -> None:
             say(f"asking {name}", done, total)
 
         say(f"asking {name}", 0, 0)
-        return harness.run(model, tokenizer, found, limit=limit, batch_size=batch_size, bos=bos, progress=told)
+        return harness.run(
+            model, tokenizer, found, limit=limit, batch_size=batch_size, bos=bos, progress=told, team=team
+        )
 
     return ask

@@ -1,7 +1,8 @@
 """The command line: parse, call `quantkit.api`, show. Nothing is computed here.
 
 Exit codes: 0 success, 1 a bug in quantkit, 2 usage, 3 model, 4 text, 5 network, 6 output, 7 faults found by `check`,
-130 interrupted. Errors are one line on stderr; with `--json` they are the one object on stdout.
+8 another process of the run ended, 130 interrupted. Errors are one line on stderr; with `--json` they are the one
+object on stdout.
 """
 
 import signal
@@ -13,7 +14,7 @@ import typer
 
 from quantkit import display, judging
 from quantkit.errors import CheckFailure, UsageError, nearest
-from quantkit.failures import OneLine, errors
+from quantkit.failures import OneLine, alone, errors, launched
 from quantkit.flags import Device, Json, Output, Revision
 from quantkit.interrupts import asked_once
 from quantkit.units import parse_size
@@ -164,7 +165,7 @@ def quantize(
 
     A run that was cut off, by whatever, goes on behind its last finished block when the same command is started again.
     """
-    with errors(as_json):
+    with errors(as_json), launched() as team:
         from quantkit.pipeline import execute, prepare  # torch takes seconds to import: not for --help
 
         scheme = {
@@ -198,20 +199,23 @@ def quantize(
         )
         if not dry_run and output is None:
             raise UsageError("say where to write with -o DIRECTORY, or look first with --dry-run")
-        if output is not None:
+        leads = team is None or team.leads
+        if output is not None and leads:
             from quantkit.model.writer import refuse_existing
 
             refuse_existing(output, overwrite=overwrite)
-        prepared = prepare(chosen, device, parse_size(memory))
+        prepared = prepare(chosen, device, parse_size(memory), team)
         if dry_run or output is None:
-            display.plan(prepared.plan, prepared.recipe, as_json=as_json)
+            if leads:
+                display.plan(prepared.plan, prepared.recipe, as_json=as_json)
             return
         with (
-            display.QuantizeProgress(prepared.recipe, quiet=as_json) as progress,
-            asked_once(display.warned) as stop,
+            display.QuantizeProgress(prepared.recipe, quiet=as_json or not leads) as progress,
+            asked_once(display.warned if leads else lambda _: None) as stop,
         ):
             report = execute(prepared, output, overwrite=overwrite, restart=restart, progress=progress, stop=stop)
-        display.quantized(output, report, as_json=as_json)
+        if leads:
+            display.quantized(output, report, as_json=as_json)
 
 
 @app.command()
@@ -230,7 +234,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Reload OUTPUT and verify every tensor, the quantized share, and the logits that were calibrated."""
-    with errors(as_json):
+    with errors(as_json), alone():
         from quantkit.evaluation.check import check as run
 
         with display.status("checking", quiet=as_json) as say:
@@ -263,7 +267,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write OUTPUT in another format too, exactly and without calibrating again."""
-    with errors(as_json):
+    with errors(as_json), alone():
         from quantkit import api
 
         formats, options = _formats(format_), _options({}, set_ or [])

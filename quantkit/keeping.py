@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantkit.calibrate.engine import CheckSample
 from quantkit.calibrate.journal import Journal
+from quantkit.calibrate.team import Team
 from quantkit.calibrate.walk import BlockReport, Walk
 from quantkit.errors import QuantkitWarning
 from quantkit.model.block import Block
@@ -172,6 +173,51 @@ class Keeper:
         digests = [digest for index in range(self.finished) for digest in self.journal.block(index)["sha256"]]
         for shard, digest in zip(self.sink.shards.written, digests, strict=True):
             self.journal.verify(shard, digest)
+
+
+class Shared:
+    """What every process of a team has for a keeper: the first one asks the true one, and tells the others."""
+
+    def __init__(self, team: Team, keeper: Keeper | None = None) -> None:
+        """Begin behind what the keeper of the first process has; the others give none."""
+        self.team, self.keeper = team, keeper
+        self.finished: int = team.say(keeper.finished if keeper else 0)
+
+    def restore(self, block: Block) -> BlockReport:
+        """Give a finished block what was decided about it."""
+        report: Any = asdict(self.keeper.restore(block)) if self.keeper else None
+        block.changed |= {*self.team.say(sorted(block.changed))}
+        self._share(block)
+        return BlockReport(**self.team.say(report))
+
+    def reopen(self, blocks: Sequence[Block]) -> Mapping[str, object]:
+        """Give the blocks of the window what they had; return the notes of the last finished one."""
+        notes = self.keeper.reopen(blocks) if self.keeper else None
+        for block in blocks:
+            block.changed |= {*self.team.say(sorted(block.changed))}
+            self._share(block)
+        return self.team.say(notes) or {}
+
+    def keep(self, block: Block, report: BlockReport, walk: Walk) -> None:
+        """Keep a block, in the first process.
+
+        Raises:
+            Stopped: the run was asked to stop.
+        """
+        stopped = False
+        if self.keeper:
+            try:
+                self.keeper.keep(block, report, walk)
+            except Stopped:
+                stopped = True
+        if self.team.say(stopped):
+            raise Stopped
+
+    def _share(self, block: Block) -> None:
+        if not self.team.alone:
+            state = self.team.give(block.state() if self.keeper else None)
+            if not self.keeper:
+                block.set_state(state)
 
 
 def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -1,9 +1,11 @@
 """What a run works with: its tokens, its source's weights, and the losses by which a budget of bits is spent.
 
-Each is taken from the journal where an earlier process has it.
+Each is taken from the journal where an earlier process has it. Of several processes the first finds it out and has the
+journal, the others are told.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -18,13 +20,21 @@ from quantkit.calibrate.walk import Listener
 from quantkit.errors import DataError, ModelError
 from quantkit.evaluation.loading import load_model
 from quantkit.exporters.compressed_tensors import CompressedTensors
+from quantkit.model import names
 from quantkit.model.checkpoint import Checkpoint, fingerprint
 from quantkit.preparation import Prepared
 from quantkit.workload import writing_batch
 
 
-def calibration(prepared: Prepared, journal: Journal, progress: Listener) -> Tensor:
+def calibration(prepared: Prepared, journal: Journal | None, progress: Listener) -> Tensor:
     """Return the calibration tokens, as many as asked for unless fewer are allowed."""
+    team = prepared.team
+    tokens = team.give({"tokens": _calibration(prepared, journal, progress)} if journal else None)["tokens"]
+    team.refuse_uneven(len(tokens), prepared.recipe.calibration.batch_size)
+    return tokens
+
+
+def _calibration(prepared: Prepared, journal: Journal, progress: Listener) -> Tensor:
     if journal.recall("tokens") is not None:
         return journal.tensors("tokens")["tokens"]
     wanted, seqlen = prepared.recipe.calibration, prepared.plan.seqlen
@@ -70,32 +80,50 @@ def _own_text(prepared: Prepared, progress: Listener) -> Tensor:
     return tokens
 
 
-def verified(checkpoint: Checkpoint, journal: Journal, progress: Listener) -> dict[str, str]:
-    """Read the source's weights once; return the SHA-256 of its files.
+def weights(prepared: Prepared, journal: Journal | None, progress: Listener) -> tuple[Checkpoint, dict[str, str]]:
+    """Return the source's weights, all of them read once, and the SHA-256 of its files.
+
+    Of the processes on a machine the first one fetches and reads them; the others return no digests.
 
     Raises:
-        ModelError: a value is not finite, or the weights are not those of the interrupted run.
+        NetworkError: they cannot be fetched.
+        ModelError: one is missing, a value is not finite, or they are not those of the interrupted run.
     """
+    progress.stage("downloading" if prepared.source.id else "opening weights")
+    return prepared.team.in_turn(lambda: _weights(prepared, journal, progress))
+
+
+def _weights(prepared: Prepared, journal: Journal | None, progress: Listener) -> tuple[Checkpoint, dict[str, str]]:
+    checkpoint = Checkpoint(names.resolve(prepared.recipe.model, revision=prepared.recipe.revision).path)
+    prepared.skeleton.refuse_incomplete(checkpoint)
+    if prepared.team.local_rank:
+        return checkpoint, {}
     progress.stage("verifying weights")
-    hashes, before = fingerprint(checkpoint.directory) | checkpoint.verify(), journal.recall("source")
-    if before not in (None, hashes):
+    digests, before = fingerprint(checkpoint.directory) | checkpoint.verify(), journal and journal.recall("source")
+    if before not in (None, digests):
         raise ModelError(
             f"the weights in {checkpoint.directory} are not those that the interrupted run had; --restart begins anew"
         )
-    return hashes
+    return checkpoint, digests
 
 
-def spend(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, journal: Journal, progress: Listener) -> Prepared:
-    """Return the run with its budget of bits spent by measured losses."""
+def spend(
+    prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, journal: Journal | None, progress: Listener
+) -> Prepared:
+    """Return the run with its budget of bits, if it has one, spent by measured losses."""
     plan = prepared.plan
-    assert plan.budget is not None
-    ties, schemes, kept = plan.budget.ties, plan.budget.schemes, journal.recall("losses")
-    if kept is None:
-        losses = _measured(prepared, checkpoint, tokens, progress)
-        journal.note("losses", [[losses[tie][scheme] for scheme in schemes] for tie in ties])
-    else:
-        losses = {tie: dict(zip(schemes, row, strict=True)) for tie, row in zip(ties, kept, strict=True)}
-    spent = plan.spend(losses)
+    if not plan.budget:
+        return prepared
+    ties, schemes = plan.budget.ties, plan.budget.schemes
+    rows: Any = None
+    if journal:
+        rows = journal.recall("losses")
+        if rows is None:
+            losses = _measured(prepared, checkpoint, tokens, progress)
+            rows = [[losses[tie][scheme] for scheme in schemes] for tie in ties]
+            journal.note("losses", rows)
+    rows = prepared.team.say(rows)
+    spent = plan.spend({tie: dict(zip(schemes, row, strict=True)) for tie, row in zip(ties, rows, strict=True)})
     CompressedTensors().check(spent.schemes)
     return replace(prepared, plan=spent)
 

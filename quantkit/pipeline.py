@@ -18,8 +18,7 @@ from quantkit.conversion import export, further
 from quantkit.errors import OutputError
 from quantkit.evaluation.manifest import RECIPE, REPORT, tensor_manifest
 from quantkit.host import peak_memory
-from quantkit.keeping import Keeper
-from quantkit.model import names
+from quantkit.keeping import Keeper, Shared
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.workspace import Workspace, clear_disk_errors
 from quantkit.model.writer import Shards, Writer
@@ -75,6 +74,8 @@ def execute(
     What is finished is kept in a hidden directory beside `output`, and the same recipe goes on there after whatever
     ended this process. The output is then the same to the last byte, but for the times in report.json.
 
+    Of several processes the first does that; the others compute their share and return nothing.
+
     Args:
         prepared: the run.
         output: the directory to write, which appears whole or not at all.
@@ -92,8 +93,10 @@ def execute(
     """
     progress = progress or Silent()
     refuse_what_cannot_work(prepared, output, overwrite=overwrite)
+    if not prepared.team.leads:
+        return _follow(prepared, output)
     with Workspace(output) as place:
-        if place.finished and not restart:
+        if prepared.team.say(place.finished and not restart):
             return _finished(prepared, place)
         journal = Journal(place.run, identity(prepared), restart=restart)
         try:
@@ -118,13 +121,8 @@ def _run(
     progress.planned(prepared.plan)
     watch = Timed(progress)
     tokens = material.calibration(prepared, journal, watch)
-    watch.stage("downloading" if prepared.source.id else "opening weights")
-    source = names.resolve(prepared.recipe.model, revision=prepared.recipe.revision)
-    checkpoint = Checkpoint(source.path)
-    prepared.skeleton.refuse_incomplete(checkpoint)
-    digests = material.verified(checkpoint, journal, watch)
-    if prepared.plan.budget:
-        prepared = material.spend(prepared, checkpoint, tokens, journal, watch)
+    checkpoint, digests = material.weights(prepared, journal, watch)
+    prepared = material.spend(prepared, checkpoint, tokens, journal, watch)
     watch.stage("calibrating")
     staged = any(not step.blocks_at_once for step in prepared.recipe.build_passes().values())
     with Writer(place.output, overwrite=overwrite, place=place, keep=_shards(journal, staged=staged)) as writer:
@@ -139,7 +137,9 @@ def _run(
             stop=stop,
         )
         engine = _engine(prepared, checkpoint, Streams(prepared.plan.stream_bytes, place.made))
-        reports, sample, whole = keeper.result(sink) or _calibrate(engine, tokens, prepared, sink, keeper, watch)
+        result = keeper.result(sink)
+        prepared.team.say(result is not None)
+        reports, sample, whole = result or _calibrate(engine, tokens, prepared, sink, keeper, watch)
         watch.stage("writing")
         with engine.outer_weights() as changed:
             sink.emit_outer(changed)
@@ -156,12 +156,32 @@ def _run(
     return report
 
 
+def _follow(prepared: Prepared, output: Path) -> dict[str, Any]:
+    """Compute this process's share of a run that another one writes."""
+    team = prepared.team
+    if team.say(None):  # it is finished
+        return {}
+    tokens = material.calibration(prepared, None, Silent())
+    checkpoint, _ = material.weights(prepared, None, Silent())
+    prepared = material.spend(prepared, checkpoint, tokens, None, Silent())
+    if not team.say(None):  # only the writing is left
+        beside = output.resolve().parent
+        engine = _engine(prepared, checkpoint, Streams(prepared.plan.stream_bytes, beside if beside.exists() else None))
+        engine.run(_batches(prepared, tokens), lambda block: None, Silent(), None, Shared(team))  # noqa: ARG005
+    return {}
+
+
+def _batches(prepared: Prepared, tokens: Tensor) -> list[Tensor]:
+    """Return this process's rows of every batch."""
+    return [prepared.team.rows(batch) for batch in tokens.split(prepared.recipe.calibration.batch_size)]
+
+
 def _calibrate(
     engine: Engine, tokens: Tensor, prepared: Prepared, sink: Sink, keeper: Keeper, watch: Timed
 ) -> tuple[list[BlockReport], CheckSample, dict[str, Any]]:
     """Walk over the blocks; return their reports, the check sample, and what passes over the whole model noted."""
-    batches, whole = tokens.split(prepared.recipe.calibration.batch_size), dict[str, Any]()
-    reports, sample = engine.run(batches, sink.emit, watch, whole, keeper)
+    whole = dict[str, Any]()
+    reports, sample = engine.run(_batches(prepared, tokens), sink.emit, watch, whole, Shared(prepared.team, keeper))
     keeper.note_result(sample, whole, sink)
     return reports, sample, whole
 
@@ -209,6 +229,7 @@ def _engine(prepared: Prepared, checkpoint: Checkpoint, streams: Streams) -> Eng
         device=prepared.plan.device,
         seed=prepared.recipe.seed,
         rotation=prepared.rotation,
+        team=prepared.team,
         streams=streams,
     )
 
@@ -250,7 +271,8 @@ def _report(
             "device_bytes": plan.device_bytes,
             "seconds": plan.seconds,
         },
-        "processes": {"count": keeper.attempt, "identical": keeper.identical},
+        "processes": prepared.team.size,
+        "attempts": {"count": keeper.attempt, "identical": keeper.identical},
         "blocks": [asdict(block) for block in blocks],
         **({"allocation": plan.allocation.facts()} if plan.allocation else {}),
         "sites": list(plan.schemes),

@@ -2,10 +2,11 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from quantkit.calibrate.team import Team
 from quantkit.conversion import refuse_unfit
 from quantkit.errors import OutputError, UsageError
 from quantkit.model import names
@@ -22,31 +23,45 @@ from quantkit.recipe import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A run that nothing speaks against: recipe, source, skeleton, plan, and the rotation if there is one."""
+    """A run that nothing speaks against: recipe, source, skeleton, plan, the rotation if there is one, who runs it."""
 
     recipe: Recipe
     source: Source
     skeleton: Skeleton
     plan: Plan
     rotation: Rotation | None = None
+    team: Team = field(default_factory=Team)
 
 
-def prepare(recipe: Recipe, device: str | None = None, memory: int | None = None) -> Prepared:
+def prepare(recipe: Recipe, device: str | None = None, memory: int | None = None, team: Team | None = None) -> Prepared:
     """Look at the model without its weights and refuse what cannot work.
 
-    `memory` is the most host memory in bytes that the run may take, None: a share of what is free.
+    `memory` is the most host memory in bytes that the run may take on a machine, None: a share of what is free. The
+    plan is that of one process of the `team`.
 
     Raises:
         UsageError, ModelError, NetworkError: see `names.resolve`, `Skeleton`, `make_plan`, `conversion.refuse_unfit`.
     """
+    team = team or Team()
     recipe.build_passes()
+    team.refuse_uneven(recipe.calibration.samples, recipe.calibration.batch_size)
     source = names.resolve(recipe.model, revision=recipe.revision, weights=False)
     recipe = replace(recipe, revision=source.revision)
+    team.agree("recipes", recipe.to_toml())
+    team.agree("models", (source.path / "config.json").read_text(encoding="utf-8"))
     skeleton = Skeleton(source.path)
-    plan = make_plan(skeleton, recipe, pick_device(device), memory)
+    share = memory // team.local_size if memory else None
+    plan = make_plan(skeleton, _share(recipe, team), pick_device(team.device(device)), share)
     _refuse_formats(recipe, source, plan)
     rotation = Rotation.of(skeleton, recipe.seed) if recipe.rotate else None
-    return Prepared(recipe=recipe, source=source, skeleton=skeleton, plan=plan, rotation=rotation)
+    return Prepared(recipe=recipe, source=source, skeleton=skeleton, plan=plan, rotation=rotation, team=team)
+
+
+def _share(recipe: Recipe, team: Team) -> Recipe:
+    """Return what one process of the team has to do."""
+    text = recipe.calibration
+    own = replace(text, samples=text.samples // team.size, batch_size=text.batch_size // team.size)
+    return replace(recipe, calibration=own)
 
 
 def _refuse_formats(recipe: Recipe, source: Source, plan: Plan) -> None:
@@ -61,9 +76,10 @@ def refuse_what_cannot_work(prepared: Prepared, output: Path, *, overwrite: bool
         UsageError: it would need more memory than is free.
         OutputError: `output` exists, would replace its own source, or the disk is too small.
     """
-    refuse_existing(output, overwrite=overwrite)
-    _refuse_source(output, prepared.source.path)
-    refuse_full_disk(output, prepared.plan.disk_bytes)
+    if prepared.team.leads:
+        refuse_existing(output, overwrite=overwrite)
+        _refuse_source(output, prepared.source.path)
+        refuse_full_disk(output, prepared.plan.disk_bytes)
     if prepared.plan.refusal:
         raise UsageError(prepared.plan.refusal)
 

@@ -1,6 +1,5 @@
 """A recipe: everything that decides what a run makes, as a value that is written beside the model and read back."""
 
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain
@@ -15,6 +14,7 @@ from quantkit import methods, presets
 from quantkit.calibrate.passes import Pass, Phase
 from quantkit.core.scheme import MAX_BITS, MIN_BITS, QuantScheme
 from quantkit.errors import UsageError, nearest
+from quantkit.untrusted import parse_toml, read_document
 
 R = TypeVar("R", bound="Recipe")
 
@@ -79,6 +79,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in (self.model, self.calibration.text):
+            if name != name.encode(errors="replace").decode():
+                raise UsageError(f"{name!r} is not UTF-8, so no recipe can name it; rename it, or make a link to it")
         for name in self.formats:
             methods.find("exporters", name)
         if self.target_bpw is None:
@@ -155,7 +158,7 @@ class Recipe:
             UsageError: not TOML, or a key or value that a recipe does not have.
         """
         try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            table = parse_toml(read_document(path))
             steps = _read_passes(table.pop("passes", []))
             if "target_bpw" in table:
                 table["scheme"] = _scheme_of_target(table.get("scheme", {"group_size": DEFAULT_GROUP_SIZE}))
@@ -286,8 +289,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
     name, _, value = (part.strip() for part in text.partition("="))
     table = {"value": value} if value.isidentifier() and value not in ("true", "false") else {}
     try:
-        table = table or tomllib.loads(f"value = {value}")
-    except tomllib.TOMLDecodeError:
+        table = table or parse_toml(f"value = {value}")
+    except ValueError:
         table = {}
     if not name or not table:
         raise UsageError(f"--set takes NAME=VALUE such as lr=0.001 or schedule=linear, not {text!r}")
@@ -375,13 +378,7 @@ def _describe(hint: Any) -> str:  # noqa: ANN401
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    words = {
-        int: "an integer",
-        float: "a number",
-        bool: "true or false",
-        str: "a string",
-        NoneType: "left out",
-    }
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "left out"}
     return " or ".join(words.get(part, str(part)) for part in parts)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "quantkit"
 LEVELS = [
-    {"errors", "resources"},
+    {"errors", "resources", "untrusted"},
     {"host", "units"},
     {"core"},
     {"model"},
@@ -17,7 +17,7 @@ LEVELS = [
     {"exporters"},
     {"runtime"},
     {"evaluation"},
-    {"methods", "presets"},
+    {"methods", "modules", "presets"},
     {"recipe"},
     {"workload"},
     {"costs", "allocation", "conversion", "provenance"},

@@ -81,7 +81,7 @@ def test_a_stopped_run_says_where_the_same_command_goes_on(output):
 def test_the_end_is_that_of_an_uninterrupted_run(stopped, whole):
     report = start(stopped)
     assert kills.content(stopped) == whole
-    assert report["processes"] == {"count": 2, "identical": True}
+    assert report["attempts"] == {"count": 2, "identical": True}
     assert [path.name for path in stopped.parent.iterdir()] == ["out"]
 
 
@@ -188,7 +188,7 @@ def test_another_run_is_refused_and_loses_nothing(stopped, whole, change, said):
 
 def test_restarting_begins_anew(stopped):
     report = start(stopped, restart=True, **RTN | {"wbits": 3})
-    assert report["processes"]["count"] == 1
+    assert report["attempts"]["count"] == 1
     assert report["scheme"].startswith("w3")
 
 
@@ -322,7 +322,7 @@ def test_streams_that_come_out_differently_are_said(stopped, monkeypatch):
     monkeypatch.setattr("quantkit.keeping._digest", lambda _: "other")
     with pytest.warns(QuantkitWarning, match="comes out differently here, as on other hardware"):
         report = start(stopped)
-    assert report["processes"]["identical"] is False
+    assert report["attempts"]["identical"] is False
 
 
 def test_an_uninterrupted_run_warns_of_nothing(output):

@@ -16,6 +16,7 @@ from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.passes import Pass, Window
 from quantkit.calibrate.record import finish, make_head, record
 from quantkit.calibrate.streams import Streams
+from quantkit.calibrate.team import Team, unite
 from quantkit.calibrate.walk import BlockReport, Listener, Walk
 from quantkit.core.scheme import QuantScheme
 from quantkit.model.activations import Activations
@@ -73,6 +74,7 @@ class Engine:
         seed: seed of everything random.
         rotation: rotates the residual stream of the model, of both streams alike; None: no rotation.
         streams: where the hidden states between blocks are kept.
+        team: the processes that share the run; each holds the streams of its own rows of every batch.
     """
 
     skeleton: Skeleton
@@ -84,6 +86,7 @@ class Engine:
     seed: int = 0
     rotation: Rotation | None = None
     streams: Streams = field(default_factory=Streams)
+    team: Team = field(default_factory=Team)
 
     @property
     def storage(self) -> torch.dtype:
@@ -101,14 +104,14 @@ class Engine:
         """Walk over all blocks.
 
         Args:
-            batches: calibration tokens, (batch, tokens) int64 each.
+            batches: calibration tokens, (batch, tokens) int64 each; this process's rows of them.
             emit: receives every finished block while it is still in memory.
             listener: told about progress.
             notes: receives what the passes over the whole model note.
             keeper: keeps what is finished, and has what an earlier process finished; None: nobody does.
 
         Returns:
-            One report per block, and logits of the finished model on the first sequences.
+            One report per block, and logits of the finished model on this process's first sequences.
         """
         actual = self.streams.new(self.storage)
         with self.outer_weights():
@@ -125,6 +128,7 @@ class Engine:
             device=self.device,
             seed=self.seed,
             listener=listener,
+            team=self.team,
         )
         reports, finished = self._finish_blocks(walk, emit, listener, keeper, whole=bool(whole))
         if whole:
@@ -178,6 +182,7 @@ class Engine:
             window.head = lambda batch, row, hidden: head(batches[batch][row : row + 1], hidden)
             for step in passes:
                 step.apply(window)
+        unite(self.team, window.blocks, sliding=False)
         window.head = None
 
     @contextmanager

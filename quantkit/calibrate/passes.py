@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.streams import Streams
+from quantkit.calibrate.team import Team
 from quantkit.model.block import Arguments, Block, Site
 
 
@@ -40,6 +41,7 @@ class Window:
         fresh: how many blocks at the end of the window were not in the one before.
         error_rtn: the window's error with plain round-to-nearest weights, the bar for every method.
         seed: seed of everything random.
+        team: the processes that share the run; each holds its own rows of every batch.
         amp: compute matrix products in bfloat16 on a CPU too, as a pass may want while it trains.
         streams: where a pass keeps what it computes for all batches.
         head: for a window of the whole model (batch, row, hidden (1, tokens, width)) → logits (1, tokens, vocabulary)
@@ -56,11 +58,17 @@ class Window:
     fresh: int = 1
     error_rtn: float = 0.0
     seed: int = 0
+    team: Team = field(default_factory=Team)
     amp: bool = False
     streams: Streams = field(default_factory=Streams)
     head: Callable[[int, int, Tensor], Tensor] | None = None
     notes: dict[str, object] = field(default_factory=dict)
     tick: Callable[[float], None] = lambda share: None  # noqa: ARG005
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in a batch, over all processes."""
+        return len(self.inputs[0]) * self.team.size
 
     @property
     def targets(self) -> Sequence[Tensor]:
@@ -123,6 +131,7 @@ class Window:
             norm += float(target.square().sum(dtype=torch.float64))
             if keep is not None:
                 keep(batch, output)
+        error, norm = self.team.total(error, norm)
         return error / max(norm, 1e-30)
 
 

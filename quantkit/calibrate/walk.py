@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantkit.calibrate.passes import Pass, Window
 from quantkit.calibrate.streams import Stream
+from quantkit.calibrate.team import Team, unite
 from quantkit.core.affine import round_to_nearest
 from quantkit.model.block import Arguments, Block, Site
 
@@ -67,6 +68,7 @@ class Walk:
         device: torch.device,
         seed: int,
         listener: Listener,
+        team: Team,
     ) -> None:
         """Begin before the first block.
 
@@ -79,10 +81,12 @@ class Walk:
             device: where blocks are computed.
             seed: seed of everything random.
             listener: told about progress.
+            team: the processes that share the run.
         """
         self.load, self.passes, self.arguments = load, passes, arguments
         self.actual, self.plain = actual, plain
         self.device, self.seed, self.listener = device, seed, listener
+        self.team = team
         self.total = len(arguments[0])
         self.span = min(self.total, max(step.blocks_at_once for step in passes))
         self.blocks: list[Block] = []
@@ -151,6 +155,7 @@ class Walk:
         window.error_rtn = error_rtn if self.span == 1 else window.error(rounded_to_nearest(window.sites))
         for step in self.passes:
             step.apply(window)
+        unite(self.team, window.blocks, sliding=self.span > 1)
         return window.notes
 
     def whole(self, blocks: Sequence[Block], start: Sequence[Tensor]) -> Window:
@@ -164,6 +169,7 @@ class Walk:
             fresh=0,
             seed=self.seed,
             streams=self.actual.streams,
+            team=self.team,
             tick=lambda share: self.listener.progress(self.total * share, self.total),
         )
 
@@ -189,6 +195,7 @@ class Walk:
             fresh=fresh,
             seed=self.seed,
             streams=self.actual.streams,
+            team=self.team,
             tick=lambda share: self.listener.progress(index + share, self.total),
         )
 

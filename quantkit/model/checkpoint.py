@@ -4,7 +4,6 @@ A shard is opened for one call and closed again, so the memory that maps it neve
 memory does not grow with the number of blocks that were read.
 """
 
-import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.model.integrity import sha256, verified_sha256
+from quantkit.untrusted import parse_json, read_document
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -166,17 +166,23 @@ def _read_index(directory: Path) -> Mapping[str, str] | None:
     if not path.is_file():
         return None
     try:
-        placement = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        entries = {str(name): str(file) for name, file in placement.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        entries = dict(parse_json(read_document(path))["weight_map"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is not a safetensors index; download the model again") from error
     for name, file in entries.items():
         # a bare file name: nothing from an index may lead out of the directory
-        if Path(file).name != file or file in ("", ".", ".."):
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             raise ModelError(f"{path} places {name} in {file!r}, outside the directory; the index is refused")
-        if not (directory / file).is_file():
+        if not _is_file(directory / file):
             raise ModelError(f"{path} names the shard {file}, which does not exist; download the model again")
     return entries
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _single_shard(directory: Path) -> Path:
@@ -201,5 +207,5 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
         with safe_open(shard, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping
             return {name: TensorInfo(shard, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, MemoryError) as error:  # a file of no size at all cannot be mapped
         raise ModelError(f"{shard} is truncated or is no safetensors file ({error}); download it again") from error

@@ -5,7 +5,6 @@ are therefore the file, and their digest is that of `sha256sum` and of the Hub (
 """
 
 import hashlib
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -13,6 +12,7 @@ from typing import BinaryIO
 import torch
 
 from quantkit.errors import ModelError
+from quantkit.untrusted import parse_json
 
 CHUNK = 2**24  # bytes in memory at a time, a multiple of the size of every dtype
 # the safetensors names of the dtypes that can hold NaN or infinity
@@ -71,7 +71,7 @@ def _take(file: BinaryIO, size: int) -> bytes:
 
 def _in_file_order(header: bytes) -> Iterator[tuple[str, str, int]]:
     """Yield name, dtype and size in bytes of every tensor, in the order in which they lie in the file."""
-    entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+    entries = {name: entry for name, entry in parse_json(header.decode()).items() if name != "__metadata__"}
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
         yield name, entry["dtype"], end - begin

@@ -178,9 +178,12 @@ class Writer:
         self.shards.flush()
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small side file."""
+        """Write a small side file.
+
+        What is no character, such as a byte of a file's name that is not UTF-8, is written as JSON writes it.
+        """
         with clear_disk_errors(self.output):
-            (self.directory / name).write_text(text, encoding="utf-8")
+            (self.directory / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def copy(self, source: Path, name: str | None = None) -> None:
         """Copy a side file or a directory of the source model, following the symbolic links of a Hub cache."""

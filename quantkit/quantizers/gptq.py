@@ -123,8 +123,9 @@ class GPTQ:
         curvature = Curvature.of(hessian, damp=self.damp, act_order=self.act_order)
         if curvature.damp != self.damp:
             window.notes[f"damp of {sites[0].group}"] = curvature.damp
-        return {
-            site.name: gptq(
+
+        def solve(site: Site) -> dict[str, Tensor]:
+            rounded, moved = gptq(
                 site.weight,
                 curvature,
                 site.scheme,
@@ -133,8 +134,11 @@ class GPTQ:
                 find=partial(searched_bounds, scale_dtype=site.scale_dtype) if self.search else group_bounds,
                 transposed=site.transposed,
             )
-            for site in sites
-        }
+            return {**rounded.tensors(), "moved": moved}
+
+        found = window.team.divide(sites, solve)
+        pairs = zip(sites, found, strict=True)
+        return {site.name: (QuantizedTensor.of(parts, site.scheme), parts["moved"]) for site, parts in pairs}
 
 
 def _plain(site: Site) -> Rounded:

@@ -188,7 +188,7 @@ class OmniQuant:
             errors += [_mean_squared(hidden, target) for target in extra[batch : batch + 1]]
             return torch.stack(errors).sum()
 
-        groups = self._groups([*quantizers.values()], transforms, math.sqrt(len(window.inputs[0])))
+        groups = self._groups([*quantizers.values()], transforms, math.sqrt(window.batch_size))
         if not any(group.parameters for group in groups):
             window.notes["learned"] = "nothing, because no equivalent transform has a place in these blocks"
             return False
@@ -201,6 +201,7 @@ class OmniQuant:
             tick=window.tick,
             schedule=self.schedule,
             generator=torch.Generator().manual_seed(window.seed) if self.schedule != "constant" else None,
+            team=window.team,
         )
         window.amp = False
         if result.diverged and result.losses:

@@ -197,7 +197,7 @@ def test_a_run_calibrates_on_what_the_model_writes(tmp_path):
 
 
 def test_a_plan_counts_the_whole_model_and_writes_nothing(monkeypatch):
-    monkeypatch.setattr("quantkit.pipeline.load_model", None)  # calling it would fail
+    monkeypatch.setattr("quantkit.material.load_model", None)  # calling it would fail
     monkeypatch.setattr(costs, "machine_speed", lambda device: costs.Speed(rate=1e10, sweep=1e-9, call=1e-6))
     own, read = (quantkit.plan("tiny", **(FEW | {"calibration": text})) for text in ("self", "embedded"))
     assert own.memory_bytes >= read.memory_bytes
