@@ -36,7 +36,7 @@ from quantkit.model.skeleton import Skeleton
 from quantkit.model.writer import Writer, refuse_existing, refuse_full_disk
 from quantkit.planning import Plan, make_plan
 from quantkit.recipe import Recipe
-from quantkit.shares import allocated
+from quantkit.shares import allocated, refuse_too_large, with_samples
 from quantkit.sparsities import pruned_facts, pruner_of
 from quantkit.workload import writing_batch
 
@@ -97,6 +97,7 @@ def prepare(recipe: Recipe, device: str | None = None) -> Prepared:
     skeleton = Skeleton(source.path)
     plan = make_plan(skeleton, recipe, pick_device(device))
     _refuse_formats(recipe, source, plan)
+    refuse_too_large(plan, recipe)
     rotation = Rotation.of(skeleton, recipe.seed) if recipe.rotate else None
     return Prepared(recipe=recipe, source=source, skeleton=skeleton, plan=plan, rotation=rotation)
 
@@ -127,9 +128,9 @@ def execute(
     progress.stage("calibrating")
     with Writer(output, overwrite=overwrite) as writer:
         sink = _Sink(prepared, checkpoint, writer)
-        engine = _engine(prepared, checkpoint)
         dropped = _tied_duplicate(prepared.skeleton, checkpoint)
         batches, whole = tokens.split(prepared.recipe.calibration.batch_size), dict[str, Any]()
+        engine = with_samples(_engine(prepared, checkpoint), prepared.recipe, batches)
         reports, sample = engine.run(batches, sink.emit, progress, whole)
         progress.stage("writing")
         with engine.outer_weights() as changed:

@@ -136,7 +136,7 @@ def main() -> None:
     key["windows"] = str(args.windows)
     once = cell(args, "forward", {**key, "threads": args.threads}, lambda: forward(args)) or {}
     full = measure(judged, "full", None) or {}
-    w4 = measure(judged, "w4", recipe(args, None, None, four_bits=True)) or {}
+    w4 = (args.with_w4 and measure(judged, "w4", recipe(args, None, None, four_bits=True))) or {}
     rows = [row for sparsity in args.sparsities for row in _rows(args, judged, key, sparsity)]
     header = ("method", "sparsity", "perplexity", "with W4", "CPU s", "forward passes")
     shown = [
