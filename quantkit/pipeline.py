@@ -25,6 +25,7 @@ from quantkit.output import Sink, as_json, write_side_files
 from quantkit.planning import Plan
 from quantkit.preparation import Prepared, identity, prepare, refuse_what_cannot_work
 from quantkit.provenance import Timed, machine, tokens_sha256, versions
+from quantkit.shares import with_samples
 from quantkit.sparsities import pruned_facts
 
 __all__ = ["Prepared", "Progress", "Silent", "execute", "peak_memory", "prepare"]
@@ -171,7 +172,9 @@ def _follow(prepared: Prepared, output: Path) -> dict[str, Any]:
         engine = material.engine(
             prepared, checkpoint, Streams(prepared.plan.stream_bytes, beside if beside.exists() else None)
         )
-        engine.run(_batches(prepared, tokens), lambda block: None, Silent(), None, Shared(team))  # noqa: ARG005
+        batches = _batches(prepared, tokens)
+        engine = with_samples(engine, prepared.recipe, batches)
+        engine.run(batches, lambda block: None, Silent(), None, Shared(team))  # noqa: ARG005
     return {}
 
 
@@ -184,8 +187,9 @@ def _calibrate(
     engine: Engine, tokens: Tensor, prepared: Prepared, sink: Sink, keeper: Keeper, watch: Timed
 ) -> tuple[list[BlockReport], CheckSample, dict[str, Any]]:
     """Walk over the blocks; return their reports, the check sample, and what passes over the whole model noted."""
-    whole = dict[str, Any]()
-    reports, sample = engine.run(_batches(prepared, tokens), sink.emit, watch, whole, Shared(prepared.team, keeper))
+    batches, whole = _batches(prepared, tokens), dict[str, Any]()
+    engine = with_samples(engine, prepared.recipe, batches)
+    reports, sample = engine.run(batches, sink.emit, watch, whole, Shared(prepared.team, keeper))
     keeper.note_result(sample, whole, sink)
     return reports, sample, whole
 

@@ -8,12 +8,13 @@ total cost is then made exactly (`core/allocate.py`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from quantkit.calibrate.engine import Engine
-from quantkit.calibrate.gradients import gradient_samples
+from quantkit.calibrate.gradients import gradient_samples, model_samples
 from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.passes import Window
 from quantkit.calibrate.record import record
@@ -23,10 +24,16 @@ from quantkit.core import masks
 from quantkit.core.allocate import Option, allocate
 from quantkit.core.masks import Sparsity
 from quantkit.core.mfac import BlockFisher, saliency
+from quantkit.errors import UsageError
+from quantkit.evaluation.loading import load_model
+from quantkit.host import free_memory
 from quantkit.model.block import Site
+from quantkit.planning import Plan
 from quantkit.pruners._pruner import Allocation
 from quantkit.pruners.mfac import MFAC
 from quantkit.pruners.wanda import InputNorms
+from quantkit.recipe import Recipe
+from quantkit.sparsities import pruner_of
 
 AROUND = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)  # shares that are tried, beside what is asked for
 MOST = 0.95
@@ -53,6 +60,35 @@ def allocated(
         sizes, costs = _costs(how, engine, tokens, asked, progress)
         dropped = cheapest(costs, sizes, asked.count(sum(sizes.values())))
     return {name: Sparsity(share=dropped[name] / sizes[name]) for name in sizes}
+
+
+def with_samples(engine: Engine, recipe: Recipe, batches: Sequence[Tensor]) -> Engine:
+    """Return the engine, with what gradients of the whole model's loss are made of if its pruner asks for them."""
+    step = pruner_of(recipe.build_passes())
+    if not isinstance(step, MFAC) or step.loss != "model":
+        return engine
+    model, _ = load_model(recipe.model, revision=recipe.revision, device="cpu")
+    found = model_samples(model, [*engine.sparsity], batches, gradients=step.gradients, tokens=step.tokens)
+    return replace(engine, samples=found)
+
+
+def refuse_too_large(plan: Plan, recipe: Recipe) -> None:
+    """Refuse gradients of the whole model's loss if it does not fit into memory, with what reaches its linears.
+
+    Raises:
+        UsageError: it does not.
+    """
+    step = pruner_of(recipe.build_passes())
+    if not isinstance(step, MFAC) or step.loss != "model":
+        return
+    tokens = min(step.tokens, plan.samples * plan.seqlen)
+    needed = 4 * (plan.parameters + tokens * sum(sum(plan.shapes[name]) for name in plan.sparsity))
+    free = free_memory()
+    if needed > free:
+        raise UsageError(
+            f"loss=model needs the whole model and what reaches its linears, {needed / 1e9:.1f} GB of memory where "
+            f"{free / 1e9:.1f} GB are free; use loss=block, or fewer tokens"
+        )
 
 
 def cheapest(costs: Costs, sizes: Mapping[str, int], dropped: int) -> dict[str, int]:

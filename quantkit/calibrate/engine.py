@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quantkit.calibrate.gradients import Samples
 from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.passes import Pass, Window
 from quantkit.calibrate.record import finish, make_head, record
@@ -74,6 +75,7 @@ class Engine:
         device: where blocks are computed.
         seed: seed of everything random.
         sparsity: module name → how much of it a pruning pass drops, of every linear that is pruned.
+        samples: module name → what gradients of the whole model's loss in it are made of, where a pass asked for them.
         rotation: rotates the residual stream of the model, of both streams alike; None: no rotation.
         streams: where the hidden states between blocks are kept.
         team: the processes that share the run; each holds the streams of its own rows of every batch.
@@ -87,6 +89,7 @@ class Engine:
     device: torch.device
     seed: int = 0
     sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
+    samples: Mapping[str, Samples] = field(default_factory=dict)
     rotation: Rotation | None = None
     streams: Streams = field(default_factory=Streams)
     team: Team = field(default_factory=Team)
@@ -226,6 +229,7 @@ class Engine:
                         scheme=self.schemes[name],
                         scale_dtype=self.scale_dtype,
                         sparsity=self.sparsity.get(name),
+                        samples=self.samples.get(name),
                     )
                 )
         prefix = self.skeleton.module_name(index, "")

@@ -1,16 +1,18 @@
-"""Gradients of a window's reconstruction loss in each linear's weight, as the products that they are made of.
+"""Gradients of a loss in each linear's weight, as the products that they are made of.
 
-The loss is the squared distance of the window's output to a target, half of it summed over everything. At the original
-weights its gradients are zero, and at others they say more of the error that is there than of what a change would cost.
+By default the loss is that of a window's reconstruction: the squared distance of the window's output to a target, half
+of it summed over everything. At the original weights its gradients are zero, and at others they say more of the error
+that is there than of what a change would cost.
 What second-order methods want is their Fisher matrix, whose gradients are those of targets drawn around the output
 itself, y = f(x) + ε with ε standard normal (Kunstner et al., arXiv 1905.12558): E[g g^T] is then the Gauss-Newton
 matrix of the loss. The gradient of a token is an outer product δ x^T of two vectors that one backward pass gives for
 all tokens; the sum over some tokens is one gradient, so as many are had as are wanted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,10 @@ class Samples:
 
     inputs: Tensor
     slopes: Tensor
+
+    def to(self, device: torch.device) -> "Samples":
+        """Return them on a device."""
+        return Samples(inputs=self.inputs.to(device), slopes=self.slopes.to(device))
 
     def gradients(self, first: int, last: int) -> Tensor:
         """Return the gradients of some rows of the weight, (gradients, (last - first) * in)."""
@@ -71,7 +77,7 @@ def _of_batch(
     window: Window, batch: int, sites: Sequence[Site], generator: torch.Generator, scale: Tensor | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return inputs and slopes, (tokens, in) and (tokens, out), of the sites that the batch reaches."""
-    with _watched(sites) as heard:
+    with _watched({site.linear: site.name for site in sites}) as heard:
         output = window.forward(batch, hidden=window.inputs[batch].float().requires_grad_())
     names = list(heard)
     noise = torch.randn(output.shape, generator=generator).to(output)
@@ -84,16 +90,51 @@ def _of_batch(
     return pairs
 
 
+@torch.enable_grad()
+def model_samples(
+    model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *, gradients: int, tokens: int
+) -> dict[str, Samples]:
+    """Return samples of the language-model loss, the sum of each token's negative log-likelihood, in the whole model.
+
+    Args:
+        model: tokens (batch, tokens) → an object with `logits`; on a CPU.
+        names: full names of the linears.
+        batches: (batch, tokens) int64 each.
+        gradients: how many.
+        tokens: the most tokens that are looked at.
+    """
+    linears = {model.get_submodule(name): name for name in names}
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+    first = cast(Any, model).get_input_embeddings()  # as all models of transformers have
+    # a gradient has to begin somewhere, and the weights want none
+    handle = first.register_forward_hook(lambda *call: call[2].detach().requires_grad_())
+    seen = 0
+    try:
+        for batch in batches:
+            if seen >= tokens:
+                break
+            seen += batch.numel()
+            with _watched(linears) as heard:
+                logits = model(batch, use_cache=False).logits[:, :-1]
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
+            slopes = torch.autograd.grad(loss, [heard[name][1] for name in heard], allow_unused=True)
+            for name, slope in zip(heard, slopes, strict=True):
+                if slope is not None:
+                    found[name].append((heard[name][0].flatten(0, -2).float(), slope.flatten(0, -2).float()))
+    finally:
+        handle.remove()
+    return {name: _grouped(pairs, gradients, tokens) for name, pairs in found.items() if pairs}
+
+
 @contextmanager
-def _watched(sites: Sequence[Site]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Keep what goes into the linears of the sites and comes out, by full module name."""
+def _watched(names: Mapping[nn.Module, str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Keep what goes into linears and comes out, by the names that they are given here."""
     heard: dict[str, tuple[Tensor, Tensor]] = {}
-    names = {site.linear: site.name for site in sites}
 
     def hear(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         heard[names[linear]] = inputs[0].detach(), output
 
-    handles = [site.linear.register_forward_hook(hear) for site in sites]
+    handles = [linear.register_forward_hook(hear) for linear in names]
     try:
         yield heard
     finally:

@@ -226,7 +226,7 @@ def obs_prune(  # noqa: PLR0913  the problem, F and how often it is computed
         recomputations: steps.
         by_row: compare the weights of each row with each other, otherwise all.
     """
-    flat, kept = weight.flatten(), torch.ones(weight.numel(), dtype=torch.bool)
+    flat, kept = weight.flatten(), torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
     shared = BlockFisher.of(gradients, damp=damp, block=block) if len(gradients) >= block else None
     steps = [1 - density for density in densities(1.0, 1 - sparsity.share, recomputations)]
     for share in [*steps[:-1], sparsity.share]:  # the last one without the rounding of a power

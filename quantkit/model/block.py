@@ -41,6 +41,7 @@ class Site:
         sparsity: how much of the weight a pruning pass drops; None: nothing.
         mask: what a pruning pass decided, bool of the weight's shape, True where a weight stays; the others are exactly
             zero from then on. None: no pass pruned.
+        samples: what gradients of the whole model's loss are made of, where a pass asked for them.
         quantized: the result, None until a rounding pass ran.
         learned: what a pass keeps for the next window that holds the site, tensors by name; None at first.
     """
@@ -53,6 +54,7 @@ class Site:
     scale_dtype: torch.dtype
     sparsity: Sparsity | None = None
     mask: Tensor | None = None
+    samples: Any = None
     quantized: QuantizedTensor | None = None
     learned: Mapping[str, Tensor] | None = None
 

@@ -31,6 +31,8 @@ class MFAC(Pruner):
         damp: λ, as a share of the mean of the diagonal of the gradients' F.
         block: weights of a row that are correlated with each other.
         recomputations: steps in which the weights go, F computed anew for each.
+        loss: whose gradients they are: of the block's reconstruction (`block`), or the language-model loss of the whole
+            original model (`model`), which then has to fit into memory, with what reaches all of its linears.
         scope: weights that are compared with each other: those of a `row` or of a `matrix`.
     """
 
@@ -39,10 +41,13 @@ class MFAC(Pruner):
     damp: float = 0.01
     block: int = 32
     recomputations: int = 8
+    loss: Literal["block", "model"] = "block"
     scope: Literal["row", "matrix"] = "row"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.loss not in ("block", "model"):
+            raise UsageError(f"loss must be block or model, not {self.loss!r}")
         for name in ("gradients", "tokens", "block", "recomputations"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -58,7 +63,7 @@ class MFAC(Pruner):
 
     def prune(self, window: Window, sites: Sequence[Site]) -> None:
         """Drop weights and move the others; the smallest weights, with a note, where there is no gradient."""
-        samples = gradient_samples(window, sites, gradients=self.gradients, tokens=self.tokens)
+        samples = self._samples(window, sites)
         for turn, site in enumerate(sites):
             found = samples.get(site.name)
             scale = found.mean_square() if found else 0.0
@@ -69,6 +74,11 @@ class MFAC(Pruner):
             else:
                 take(site, *self._solve(site, found, self.damp * scale))
             window.tick((turn + 1) / len(sites))
+
+    def _samples(self, window: Window, sites: Sequence[Site]) -> dict[str, Samples]:
+        if self.loss == "model":
+            return {site.name: site.samples.to(window.device) for site in sites if site.samples is not None}
+        return gradient_samples(window, sites, gradients=self.gradients, tokens=self.tokens)
 
     def _solve(self, site: Site, samples: Samples, damp: float) -> tuple[Tensor, Tensor]:
         """Return mask and weight, found for as many rows at once as there is room for, or as are compared."""

@@ -1,7 +1,7 @@
 """SparseGPT: weights go where the others can best make up for them, and do (Frantar and Alistarh, arXiv 2301.00774).
 
-The mathematics are in `core/sparsegpt.py`. H = (2 / tokens) sum x x^T is taken of the inputs that a linear really gets,
-behind the pruned linears of its own block. What a rounding pass does later starts from the weights as updated here;
+The mathematics are in `core/sparsegpt.py`. H = (2 / tokens) sum x x^T is taken of the inputs that a linear gets behind
+the blocks that are pruned already. What a rounding pass does later starts from the weights as updated here;
 with `joint` they are rounded in the same loop, so that what is kept makes up for both.
 """
 
@@ -31,7 +31,7 @@ class SparseGPT(Pruner):
         damp: what is added to the diagonal of H, as a share of its mean.
         block: columns whose weights compete with each other; N:M has its own.
         true_sequential: inputs are those behind the pruned linears of the block; otherwise all inputs of a block are
-            measured in one forward pass, before any of it is pruned.
+            measured in one forward pass, before any of it is pruned, as in the authors' code.
         joint: round what is kept in the same loop, to nearest between searched bounds; the rounding pass is then `rtn`,
             which has nothing left to do.
     """
@@ -40,7 +40,7 @@ class SparseGPT(Pruner):
 
     damp: float = 0.01
     block: int = BLOCK
-    true_sequential: bool = True
+    true_sequential: bool = False
     joint: bool = False
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ environment of their own (see peers.py), their checkpoints are dense float32, ou
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from safetensors.torch import load_file
 from quantkit import api
 from quantkit.core.scheme import QuantScheme
 from quantkit.evaluation.loading import load_model
+from quantkit.model import names
 from quantkit.recipe import Recipe, from_defaults, with_changes
 
 METHODS, SPARSITIES = ("magnitude", "wanda", "sparsegpt", "mfac"), ("0.5", "2:4")
@@ -52,9 +54,9 @@ def peer(args: argparse.Namespace, method: str, sparsity: str) -> Figures:
     work = Path(tempfile.mkdtemp(prefix="quantkit-bench-"))
     try:
         drawn = work / "tokens.safetensors"
-        write_tokens([args.model, args.train, str(args.samples), str(args.seqlen), "0", str(drawn)])
+        write_tokens([_directory(args), args.train, str(args.samples), str(args.seqlen), "0", str(drawn)])
         python = peers.install(args.environments.resolve(), "llm-compressor")
-        command = [str(python), str(Path(__file__).parent / "peer_llmcompressor.py"), "--model", args.model]
+        command = [str(python), str(Path(__file__).parent / "peer_llmcompressor.py"), "--model", _directory(args)]
         command += ["--tokens", str(drawn), "--bits", "16", "--group-size", "-1", "--output", str(work / "model")]
         command += ["--figures", str(work / "figures.json"), "--algorithm", method, "--sparsity", sparsity]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=_environment(args.threads))
@@ -73,7 +75,7 @@ def forward(args: argparse.Namespace) -> Figures:
     """Measure one forward pass of the whole model over the calibration tokens, in processor time."""
     work = Path(tempfile.mkdtemp(prefix="quantkit-bench-"))
     try:
-        write_tokens([args.model, args.train, str(args.samples), str(args.seqlen), "0", str(work / "t")])
+        write_tokens([_directory(args), args.train, str(args.samples), str(args.seqlen), "0", str(work / "t")])
         tokens = load_file(work / "t")["tokens"]
     finally:
         shutil.rmtree(work)
@@ -85,9 +87,11 @@ def forward(args: argparse.Namespace) -> Figures:
     return {"cpu_seconds": time.process_time() - start}
 
 
-def _environment(threads: int) -> dict[str, str]:
-    import os
+def _directory(args: argparse.Namespace) -> str:
+    return str(names.resolve(args.model).path)
 
+
+def _environment(threads: int) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return {**kept, **dict.fromkeys(names, str(threads)), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -136,7 +140,7 @@ def main() -> None:
     key["windows"] = str(args.windows)
     once = cell(args, "forward", {**key, "threads": args.threads}, lambda: forward(args)) or {}
     full = measure(judged, "full", None) or {}
-    w4 = measure(judged, "w4", recipe(args, None, None, four_bits=True)) or {}
+    w4 = (args.with_w4 and measure(judged, "w4", recipe(args, None, None, four_bits=True))) or {}
     rows = [row for sparsity in args.sparsities for row in _rows(args, judged, key, sparsity)]
     header = ("method", "sparsity", "perplexity", "with W4", "CPU s", "forward passes")
     shown = [

@@ -3,10 +3,12 @@
 import networkx
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from windows import make_window
 
+import quantkit
 from quantkit import methods
-from quantkit.calibrate.gradients import gradient_samples
+from quantkit.calibrate.gradients import gradient_samples, model_samples
 from quantkit.core import masks
 from quantkit.core.masks import Sparsity
 from quantkit.core.scheme import QuantScheme
@@ -222,3 +224,28 @@ def test_a_mask_keeps_what_a_graph_joins():
 def test_settings_that_cannot_be_are_refused(make, says):
     with pytest.raises(UsageError, match=says):
         make()
+
+
+def test_gradients_of_the_models_loss_are_those_of_autograd():
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval().requires_grad_(False)
+    name = "model.layers.1.self_attn.v_proj"
+    found = model_samples(model, [name], BATCHES[:1], gradients=1, tokens=1 << 20)[name]
+    weight = model.get_submodule(name).weight.requires_grad_()
+    logits = model(BATCHES[0]).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), BATCHES[0][:, 1:].flatten(), reduction="sum")
+    loss.backward()
+    largest = float(weight.grad.abs().max())
+    torch.testing.assert_close(
+        found.gradients(0, len(weight)).view_as(weight), weight.grad, rtol=1e-3, atol=1e-4 * largest
+    )
+
+
+def test_mfac_prunes_by_the_models_loss(tmp_path, monkeypatch):
+    options = {"gradients": 16, "block": 16, "recomputations": 2, "loss": "model"}
+    text = {"calibration": "embedded", "samples": 4, "seqlen": 16, "device": "cpu"}
+    report = quantkit.prune("tiny", method="mfac", options=options, output=tmp_path / "out", **text).report
+    assert report["sparsity"]["share"] == 0.5
+    assert not any(note.startswith("magnitude") for block in report["blocks"] for note in block["notes"])
+    monkeypatch.setattr("quantkit.shares.free_memory", lambda device: 1000)
+    with pytest.raises(UsageError, match="loss=model needs the whole model and what reaches its linears"):
+        quantkit.prune("tiny", method="mfac", options=options, output=tmp_path / "b", **text)
