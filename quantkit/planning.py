@@ -1,6 +1,6 @@
 """What a run will do, before it does anything: sites, sizes, memory, disk, time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -183,11 +183,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device, memory: 
         scheme=DENSE if recipe.dense else describe(_distinct(budget) if budget else schemes, bits),
         bits_per_weight=bits,
         classes=classes,
-        dense=tuple(
-            name
-            for name, module in skeleton.model.named_modules()
-            if isinstance(module, LINEARS) and name not in schemes
-        ),
+        dense=_dense(skeleton, schemes),
         parameters=parameters,
         samples=work.samples,
         seqlen=work.seqlen,
@@ -206,7 +202,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device, memory: 
         rounds=not recipe.dense,
         presets=presets,
         refusal=limits.refusal(
-            work, [(name, others[name]) for name in reversed(LEARNED) if others.get(name, work) is not work]
+            work, [(name, others[name]) for name in LEARNED[::-1] if others.get(name, work) is not work]
         ),
         formats=tuple(conversion.further(recipe.formats)),
         notes=(
@@ -216,6 +212,12 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device, memory: 
             *(() if recipe.dense else conversion.notices(recipe.formats, schemes, classes)),
         ),
     )
+
+
+def _dense(skeleton: Skeleton, schemes: Container[str]) -> tuple[str, ...]:
+    """Return the names of the linears that no scheme is for."""
+    named = skeleton.model.named_modules()
+    return tuple(name for name, module in named if isinstance(module, LINEARS) and name not in schemes)
 
 
 def _distinct(budget: Budget) -> dict[str, QuantScheme]:

@@ -28,7 +28,7 @@ LEVELS = [
     {"preparation", "output"},
     {"material", "keeping"},
     {"pipeline", "pictures"},
-    {"pruned"},
+    {"pruned", "keywords"},
     {"api", "catalogue", "display"},
     {"failures", "flags", "interrupts", "scoreboard"},
     {"running"},
