@@ -26,14 +26,18 @@ if TYPE_CHECKING:
         prune,
         quantize,
     )
+    from quantkit.modules import apply_masks, prune_module
+    from quantkit.train.masked import Masks
 
 # none of these may be the name of a submodule too, which would take its place when it is imported
 __all__ = [
     "CheckResult",
     "Comparison",
     "Exported",
+    "Masks",
     "Pruned",
     "Quantized",
+    "apply_masks",
     "check",
     "compare",
     "evaluate",
@@ -44,12 +48,14 @@ __all__ = [
     "make_recipe",
     "plan",
     "prune",
+    "prune_module",
     "quantize",
 ]
+_ELSEWHERE = {"Masks": "quantkit.train.masked", "apply_masks": "quantkit.modules", "prune_module": "quantkit.modules"}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
     """Import the public functions on first use, so that neither `import quantkit` nor `--help` waits for torch."""
     if name in __all__:
-        return getattr(import_module("quantkit.api"), name)
+        return getattr(import_module(_ELSEWHERE.get(name, "quantkit.api")), name)
     raise AttributeError(f"module 'quantkit' has no attribute {name!r}")

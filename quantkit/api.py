@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.data import evaluation_windows
+from quantkit.calibrate.team import Team
 from quantkit.calibrate.text import Corpus, read_text
 from quantkit.conversion import Exported, export, further
 from quantkit.errors import ModelError, UsageError
@@ -20,12 +21,14 @@ from quantkit.evaluation.perplexity import Perplexity, perplexity
 from quantkit.evaluation.runtimes import load_with, refuse_unknown_runtime
 from quantkit.evaluation.scores import TaskScores
 from quantkit.evaluation.vocabulary import refuse_other_tokens
+from quantkit.keywords import make_recipe
 from quantkit.model import names
 from quantkit.pipeline import Progress, execute, prepare
 from quantkit.planning import Plan
 from quantkit.pruned import Pruned, prune
-from quantkit.recipe import Recipe, from_defaults
+from quantkit.recipe import Recipe
 from quantkit.runtime import DEFAULT_RUNTIME, GENERATE_RUNTIME, packed_model
+from quantkit.units import parse_size
 
 __all__ = [
     "CheckResult",
@@ -56,52 +59,13 @@ class Quantized:
     formats: Mapping[str, Path]
 
 
-def make_recipe(
-    model: str | Path,
-    *,
-    method: str | None = None,
-    preset: str | None = None,
-    prune: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    **fields: Any,  # noqa: ANN401
-) -> Recipe:
-    """Return the recipe of a run: that of a preset, or of one method.
-
-    Args:
-        model: a directory, a Hub id or an alias.
-        method: name of one method, with its own defaults.
-        preset: `fast`, `balanced`, `best` or `paper`; None without a method: `balanced`.
-        prune: name of a method that prunes first; None: nothing is pruned.
-        options: hyper-parameters; `lr` is set in the first pass that has one of that name, `distill.lr` in that pass.
-        fields: `wbits` or `target_bpw` (bits chosen by measured loss), `group_size` (None: one scale per row),
-            `symmetric`; `abits`, `symmetric_activations`, `kv_bits`; `rotate`; `ignore` (globs); `calibration` (a name,
-            a file, or `self`: text that the model writes), `samples`, `seqlen`, `batch_size`, `allow_short`; `seed`,
-            `revision`; `formats` (what to write besides compressed-tensors).
-
-    Raises:
-        UsageError: a value that is out of range, an unknown method, preset, field or hyper-parameter, or a method and a
-            preset.
-    """
-    renamed = {
-        "wbits": "bits",
-        "abits": "activation_bits",
-        "symmetric_activations": "activation_symmetric",
-        "calibration": "text",
-    }
-    changes = {
-        renamed.get(name, name): str(value) if isinstance(value, Path) else value for name, value in fields.items()
-    }
-    for name in {"ignore", "formats"} & changes.keys():
-        changes[name] = tuple(changes[name])
-    return from_defaults(str(model), changes, method=method, preset=preset, prune=prune, options=options)
-
-
 def quantize(
     model: str | Path | Recipe,
     *,
     output: str | Path,
     overwrite: bool = False,
     device: str | None = None,
+    memory: int | str | None = None,
     progress: Progress | None = None,
     **fields: Any,  # noqa: ANN401  checked by make_recipe's own signature
 ) -> Quantized:
@@ -114,6 +78,7 @@ def quantize(
         output: the directory to write; it appears whole or not at all.
         overwrite: replace an existing output, which is kept until the new one is whole.
         device: `cpu`, `cuda`, `cuda:1`; None: a GPU if there is one.
+        memory: the most host memory to take, bytes or `8GiB`; None: a share of what is free. The result is the same.
         progress: told what happens; None: nobody.
         fields: the keyword arguments of `make_recipe`, unless `model` is a recipe.
 
@@ -121,20 +86,26 @@ def quantize(
         QuantkitError: see `quantkit.errors`; nothing was written then.
     """
     recipe = model if isinstance(model, Recipe) else make_recipe(model, **fields)
-    prepared = prepare(recipe, device)
+    prepared = prepare(recipe, device, parse_size(memory))
     report = execute(prepared, Path(output), overwrite=overwrite, progress=progress)
     formats = {name: Path(output) / name for name in further(prepared.recipe.formats)}
     return Quantized(output=Path(output), report=report, formats=formats)
 
 
-def plan(model: str | Path | Recipe, *, device: str | None = None, **fields: Any) -> Plan:  # noqa: ANN401
+def plan(
+    model: str | Path | Recipe,
+    *,
+    device: str | None = None,
+    memory: int | str | None = None,
+    **fields: Any,  # noqa: ANN401
+) -> Plan:
     """Return what `quantize` with the same arguments would do: sites, sizes, memory, disk, time; computes nothing.
 
     Raises:
         QuantkitError: see `quantkit.errors`.
     """
     recipe = model if isinstance(model, Recipe) else make_recipe(model, **fields)
-    return prepare(recipe, device).plan
+    return prepare(recipe, device, parse_size(memory)).plan
 
 
 def load(
@@ -188,6 +159,7 @@ def evaluate(  # noqa: PLR0913
     device: str | None = None,
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    team: Team | None = None,
 ) -> Perplexity:
     """Return the perplexity of a model on a text, by the field's protocol.
 
@@ -202,6 +174,7 @@ def evaluate(  # noqa: PLR0913
         device: as in `quantize`.
         revision: revision on the Hub.
         progress: told (windows done, windows in all), for each model.
+        team: processes that share the windows, see `Team.join`; None: this one alone.
 
     Raises:
         QuantkitError: see `quantkit.errors`.
@@ -213,8 +186,8 @@ def evaluate(  # noqa: PLR0913
         refuse_other_tokens(model, against, revision=revision)
 
     def measure(name: str | Path, revision: str | None) -> Perplexity:
-        loaded, tokenizer = load_with(runtime, name, revision=revision, device=device)
-        return perplexity(loaded, _windows(corpora, loaded, tokenizer, seqlen, windows, bos), progress)
+        loaded, tokenizer = load_with(runtime, name, revision=revision, device=(team or Team()).device(device))
+        return perplexity(loaded, _windows(corpora, loaded, tokenizer, seqlen, windows, bos), progress, team)
 
     measured = measure(model, revision)
     return measured if against is None else replace(measured, reference=measure(against, None))
@@ -234,6 +207,7 @@ def evaluate_tasks(  # noqa: PLR0913
     device: str | None = None,
     revision: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    team: Team | None = None,
 ) -> TaskScores:
     """Return what a model scores in tasks of lm-eval.
 
@@ -252,11 +226,13 @@ def evaluate_tasks(  # noqa: PLR0913
         device: as in `quantize`.
         revision: revision on the Hub.
         progress: told (what, requests answered, requests in all); 0 in all where they are not known.
+        team: processes that share the documents, see `Team.join`; only the first gets the scores.
 
     Raises:
         QuantkitError: see `quantkit.errors`.
     """
     refuse_unknown_runtime(runtime)
+    team = team or Team()
     say = progress or (lambda *_: None)
     ask = _task_runner(
         tasks, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, bos=bos, include_path=include_path, say=say
@@ -266,7 +242,8 @@ def evaluate_tasks(  # noqa: PLR0913
 
     def measure(name: str | Path, revision: str | None) -> TaskScores:
         say(f"loading {name}", 0, 0)
-        return ask(str(name), *load_with(runtime, name, revision=revision, device=device))
+        loaded, tokenizer = load_with(runtime, name, revision=revision, device=team.device(device))
+        return ask(str(name), loaded, tokenizer, team)
 
     measured = measure(model, revision)
     return measured if against is None else replace(measured, reference=measure(against, None))
@@ -370,7 +347,7 @@ def _task_runner(  # noqa: PLR0913
     bos: bool,
     include_path: str | Path | None,
     say: Callable[[str, int, int], None],
-) -> Callable[[str, Model, Tokenizer], TaskScores]:
+) -> Callable[..., TaskScores]:
     """Return what a model, named for the progress, scores in the tasks; what cannot be run is refused now."""
     if isinstance(tasks, str) or not tasks:
         raise UsageError("name at least one task, in a list" if not tasks else f"tasks must be a list, not {tasks!r}")
@@ -385,11 +362,13 @@ def _task_runner(  # noqa: PLR0913
     folder = Path(include_path) if include_path is not None else None
     found = harness.find_tasks(tasks, include_path=folder, num_fewshot=num_fewshot)
 
-    def ask(name: str, model: Model, tokenizer: Tokenizer) -> TaskScores:
+    def ask(name: str, model: Model, tokenizer: Tokenizer, team: Team | None = None) -> TaskScores:
         def told(done: int, total: int) -> None:
             say(f"asking {name}", done, total)
 
         say(f"asking {name}", 0, 0)
-        return harness.run(model, tokenizer, found, limit=limit, batch_size=batch_size, bos=bos, progress=told)
+        return harness.run(
+            model, tokenizer, found, limit=limit, batch_size=batch_size, bos=bos, progress=told, team=team
+        )
 
     return ask

@@ -1,7 +1,8 @@
 """The command line: parse, call `quantkit.api`, show. Nothing is computed here.
 
 Exit codes: 0 success, 1 a bug in quantkit, 2 usage, 3 model, 4 text, 5 network, 6 output, 7 faults found by `check`,
-130 interrupted. Errors are one line on stderr; with `--json` they are the one object on stdout.
+8 another process of the run ended, 130 interrupted. Errors are one line on stderr; with `--json` they are the one
+object on stdout.
 """
 
 import signal
@@ -13,9 +14,9 @@ import typer
 
 from quantkit import display, judging, pruning_command
 from quantkit.errors import CheckFailure, UsageError, nearest
-from quantkit.failures import OneLine, errors
-from quantkit.flags import Device, Json, Output, Revision, Sparsity
-from quantkit.pruning_command import given, run, settings
+from quantkit.failures import OneLine, alone, errors, launched
+from quantkit.flags import Device, Json, Memory, Output, Restart, Revision, Sparsity
+from quantkit.pruning_command import How, given, run, settings
 
 app = typer.Typer(
     name="quantkit",
@@ -129,6 +130,7 @@ def quantize(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. (default: 0)")] = None,
     device: Device = None,
+    memory: Memory = None,
     revision: Revision = None,
     format_: Annotated[
         str | None,
@@ -142,6 +144,7 @@ def quantize(
         bool,
         typer.Option("--overwrite", help="Replace OUTPUT; the old one is kept until the new one is whole."),
     ] = False,
+    restart: Restart = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the plan (sites, sizes, memory, disk, time); compute nothing."),
@@ -153,8 +156,10 @@ def quantize(
     quantkit quantize llama-7b --wbits 4 -o llama-7b-w4
 
     quantkit quantize tiny --wbits 3 --group-size 32 --calibration embedded --seqlen 128 -o tiny-w3
+
+    A run that was cut off, by whatever, goes on behind its last finished block when the same command is started again.
     """
-    with errors(as_json):
+    with errors(as_json), launched() as team:
         scheme = {
             "bits": wbits,
             "symmetric": symmetric,
@@ -186,7 +191,8 @@ def quantize(
             prune=prune,
             options=settings(given({**learning, **pruning}), set_ or []),
         )
-        run(chosen, output, device=device, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
+        how = How(device=device, memory=memory, overwrite=overwrite, restart=restart, dry_run=dry_run, as_json=as_json)
+        run(chosen, output, team, how)
 
 
 @app.command()
@@ -205,7 +211,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Reload OUTPUT and verify every tensor, the quantized share, and the logits that were calibrated."""
-    with errors(as_json):
+    with errors(as_json), alone():
         from quantkit.evaluation.check import check as run
 
         with display.status("checking", quiet=as_json) as say:
@@ -238,7 +244,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write OUTPUT in another format too, exactly and without calibrating again."""
-    with errors(as_json):
+    with errors(as_json), alone():
         from quantkit import api
 
         formats, options = _formats(format_), settings({}, set_ or [])

@@ -21,6 +21,7 @@ from quantkit.evaluation.manifest import CHECK, REPORT
 from quantkit.exporters.compressed_tensors import CompressedTensors
 from quantkit.model.checkpoint import BYTES, Checkpoint, side_files
 from quantkit.model.writer import Writer, refuse_existing, refuse_full_disk
+from quantkit.untrusted import parse_json, read_document
 
 MAIN = "compressed-tensors"  # what a run writes, and what all other formats are made from
 _ENDS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight")
@@ -154,7 +155,7 @@ def _write(checkpoint: Checkpoint, quantization: Quantization, exporter: Any, wr
                 writer.add(f"{linear}.{own}", tensor)
     for path in side_files(source, but=("config.json", REPORT, CHECK)):
         writer.copy(path)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = parse_json(read_document(source / "config.json"))
     config["quantization_config"] = exporter.config(quantization.schemes, ("Linear",), quantization.ignore)
     writer.write_text("config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     writer.close_shards()
@@ -177,7 +178,7 @@ def _linear(checkpoint: Checkpoint, name: str, quantization: Quantization) -> Qu
 
 def _quantization(source: Path) -> Quantization:
     try:
-        return Quantization.parse((source / "config.json").read_text(encoding="utf-8"))
+        return Quantization.parse(read_document(source / "config.json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
         raise ModelError(
             f"{source} is no packed checkpoint that quantkit wrote; give the directory of a `quantkit quantize`"

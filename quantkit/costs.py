@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import psutil
 import torch
 
+from quantkit import host
 from quantkit.calibrate import sensitivity
 from quantkit.calibrate.engine import CHECK_SEQUENCES, CHECK_TOKENS
 from quantkit.workload import Workload
@@ -59,28 +59,26 @@ class Speed:
     call: float
 
 
-def host_memory(work: Workload) -> int:
-    """Return the predicted peak of resident memory in bytes, from what this process has now."""
-    base = resident_memory() + LIBRARIES
+def host_memory(work: Workload, held: int) -> int:
+    """Return the predicted peak of resident memory in bytes, from what this process has now.
+
+    At most `held` bytes of the streams stay in memory.
+    """
+    base = host.resident_memory() + LIBRARIES
     written = 2 * work.block_parameters * work.stored_bytes  # a shard, and the bytes that safetensors makes of it
     logits = 2 * 4 * CHECK_SEQUENCES * CHECK_TOKENS * work.vocabulary
     outside = _outer(work) + logits
     blocks = 0 if work.on_gpu else max(_window(work), _whole(work))
-    walk = _streams(work) + written + max(outside, blocks)
+    walk = min(held, stream_bytes(work)) + written + max(outside, blocks)
     loaded = work.parameters * work.stored_bytes if work.on_gpu else writing_memory(work)
     return int(base + max(walk, loaded if work.at_once else 0))
-
-
-def resident_memory() -> int:
-    """Return the resident memory of this process now, in bytes."""
-    return int(psutil.Process().memory_info().rss)
 
 
 def device_memory(work: Workload) -> int:
     """Return the predicted peak of GPU memory in bytes, 0 for a run on the CPU."""
     if not work.on_gpu:
         return 0
-    return int(max(_streams(work) + max(_outer(work), _window(work), _whole(work)), writing_memory(work)))
+    return int(max(batch_bytes(work) + max(_outer(work), _window(work), _whole(work)), writing_memory(work)))
 
 
 def writing_memory(work: Workload) -> int:
@@ -93,7 +91,12 @@ def writing_memory(work: Workload) -> int:
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free where blocks are computed."""
-    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+    return free_device_memory(device) if device.type == "cuda" else host.free_memory()
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a GPU, 0 for a CPU."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
 
 
 def duration(work: Workload, speed: Speed) -> float:
@@ -170,8 +173,23 @@ def _fastest(work: Callable[[], object], device: torch.device) -> float:
     return min(times)
 
 
-def _streams(work: Workload) -> int:
-    return work.streams * (2 if work.on_gpu else 4) * work.samples * work.seqlen * work.width
+def stream_bytes(work: Workload) -> int:
+    """Return the size of all streams."""
+    return work.streams * work.samples * work.seqlen * work.width * (2 if work.on_gpu else 4)
+
+
+def kept_bytes(work: Workload, packed: int) -> int:
+    """Return what is kept on the disk to go on from, beside the weights, of which the linears take `packed` bytes.
+
+    Blocks wait there for a pass over the whole model; of a window that slides the blocks that stay in it are kept.
+    """
+    staged = packed if work.whole is not None else 0
+    return staged + 8 * work.samples * work.seqlen + (work.window - 1) * 4 * (work.block_parameters + work.trained)
+
+
+def batch_bytes(work: Workload) -> int:
+    """Return the size of one batch of a stream."""
+    return work.batch_size * work.seqlen * work.width * (2 if work.on_gpu else 4)
 
 
 def _outer(work: Workload) -> int:

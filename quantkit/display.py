@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantkit.pictures import bits_picture
+from quantkit.units import human_size, human_time
 
 if TYPE_CHECKING:
     from quantkit.calibrate.walk import BlockReport
@@ -78,7 +79,10 @@ def plan_facts(plan: "Plan", recipe: "Recipe") -> dict[str, Any]:
         "calibration": {"text": recipe.calibration.text, "samples": plan.samples, "seqlen": plan.seqlen},
         "device": str(plan.device),
         "output_bytes": plan.output_bytes,
+        "spilled_bytes": plan.spilled_bytes,
+        "disk_bytes": plan.disk_bytes,
         "memory_bytes": plan.memory_bytes,
+        "memory_limit": plan.memory_limit,
         "device_bytes": plan.device_bytes,
         "seconds": plan.seconds,
         "presets": [asdict(cost) for cost in plan.presets],
@@ -192,7 +196,7 @@ def _result_table(output: Path, report: Mapping[str, Any]) -> Table:
     for name, text in _pruned_rows(report.get("sparsity")):
         table.add_row(name, text)
     also = "".join(f", also as {name}" for name in report["formats"])
-    table.add_row("size", f"{_bytes(measured['output_bytes'])} of weights{also}")
+    table.add_row("size", f"{human_size(measured['output_bytes'])} of weights{also}")
     learned = f" → {after:.3e} kept ({after / before - 1:+.0%})" if before and after != before else ""
     table.add_row("block error", f"{before:.3e}{' rounding to nearest' * bool(share)}{learned}")
     for name, meaning in _TROUBLE.items():
@@ -206,7 +210,7 @@ def _result_table(output: Path, report: Mapping[str, Any]) -> Table:
     for name in _TROUBLE:
         if name in whole:
             table.add_row("distilling", f"[yellow]{name}: {whole[name]}[/]")
-    table.add_row("took", f"{_duration(measured['seconds'])}, peak memory {_bytes(measured['memory_bytes'])}")
+    table.add_row("took", f"{human_time(measured['seconds'])}, peak memory {_peak(report)}")
     return table
 
 
@@ -215,7 +219,7 @@ def _pruned_rows(facts: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
     if facts:
         yield "pruned", f"{facts['share']:.1%} of the weights of {len(facts['linears'])} linears"
         about = "about " * facts["estimated"]
-        yield "compressed", f"{about}{_bytes(facts['compressed_bytes'])} if {facts['compressor']} packs the files"
+        yield "compressed", f"{about}{human_size(facts['compressed_bytes'])} if {facts['compressor']} packs the files"
 
 
 def checked(output: Path, faults: Sequence[str], facts: Mapping[str, Any], *, as_json: bool) -> None:
@@ -240,7 +244,7 @@ def exported(made: "Sequence[Exported]", *, as_json: bool) -> None:
         print_json({"exports": [{**asdict(each), "output": str(each.output)} for each in made]})
         return
     for each in made:
-        out.print(f"{escape(each.format)}: {escape(str(each.output))}, {_bytes(each.bytes)}")
+        out.print(f"{escape(each.format)}: {escape(str(each.output))}, {human_size(each.bytes)}")
         print_notes(out, each.notices)
 
 
@@ -265,6 +269,11 @@ def listed(kind: str, rows: Sequence[Mapping[str, str]], *, as_json: bool) -> No
     Console(highlight=False).print(table)
 
 
+def _peak(report: Mapping[str, Any]) -> str:
+    measured, predicted = (human_size(report[when]["memory_bytes"]) for when in ("measured", "predicted"))
+    return f"{measured} (predicted: {predicted})"
+
+
 def _plan_table(plan: "Plan", recipe: "Recipe") -> Table:
     table = facts_table(f"{recipe.model}" + (f" @ {recipe.revision[:12]}" if recipe.revision else ""))
     text = recipe.calibration
@@ -284,10 +293,15 @@ def _plan_table(plan: "Plan", recipe: "Recipe") -> Table:
         "text",
         f"{escape(text.text)}, {plan.samples} sequences of {plan.seqlen} tokens, {text.batch_size} per batch",
     )
-    table.add_row("output", f"{most}{_bytes(plan.output_bytes)} of weights")
-    device = f", {_bytes(plan.device_bytes)} on {plan.device}" if plan.device_bytes else f" on {plan.device}"
-    table.add_row("memory", f"about {_bytes(plan.memory_bytes)} at the peak{device}")
-    table.add_row("time", f"about {_duration(plan.seconds)}")
+    further = f", as much again as {' and '.join(plan.formats)}" if plan.formats else ""
+    table.add_row("output", f"{most}{human_size(plan.output_bytes)} of weights{further}")
+    if plan.spilled_bytes:
+        table.add_row("disk", f"{human_size(plan.disk_bytes)}, {human_size(plan.spilled_bytes)} spilled")
+    device = f", {human_size(plan.device_bytes)} on {plan.device}" if plan.device_bytes else f" on {plan.device}"
+    table.add_row(
+        "memory", f"about {human_size(plan.memory_bytes)} at the peak{device}; {human_size(plan.memory_limit)} allowed"
+    )
+    table.add_row("time", f"about {human_time(plan.seconds)}")
     return table
 
 
@@ -300,9 +314,9 @@ def _presets_table(plan: "Plan") -> Table:
     if not any(cost.chosen for cost in plan.presets):
         rows.append(("this run", plan, "this run", not plan.refusal))
     for name, cost, mark, fits in rows:
-        device = (_bytes(cost.device_bytes),) if plan.device_bytes else ()
+        device = (human_size(cost.device_bytes),) if plan.device_bytes else ()
         remarks = ", ".join(filter(None, (mark if mark != name else "", "" if fits else "[red]does not fit[/]")))
-        cells = (name, _bytes(cost.memory_bytes), *device, _duration(cost.seconds), remarks)
+        cells = (name, human_size(cost.memory_bytes), *device, human_time(cost.seconds), remarks)
         table.add_row(*cells, style="bold" if mark else None)
     return table
 
@@ -362,28 +376,10 @@ def _said(value: object) -> str:
 
 def _fact(name: str, value: object) -> str:
     if isinstance(value, int) and name.endswith("bytes"):
-        return _bytes(value)
+        return human_size(value)
     if isinstance(value, float):
         return f"{value:.1%}" if name.endswith("share") else f"{value:.6g}"
     return escape(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    if minutes < 120:
-        return f"{minutes} min"
-    hours = round(seconds / 3600)
-    return f"{minutes // 60} h {minutes % 60:02} min" if hours < 48 else f"{round(hours / 24):,} days"
 
 
 def print_json(value: object) -> None:

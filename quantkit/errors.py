@@ -6,20 +6,31 @@
     ├── DataError           4   the calibration or evaluation text: missing, too short, malformed
     ├── NetworkError        5   the Hub cannot be reached, or refuses
     ├── OutputError         6   the output directory: exists, full disk, not writable
-    └── CheckFailure        7   `quantkit check` found at least one fault
+    ├── CheckFailure        7   `quantkit check` found at least one fault
+    └── TeamError           8   another process of a run on several ended
 
-A message is one sentence that says what is wrong and, after a semicolon or in a second sentence, what to do next.
+A message is one sentence that says what is wrong and, after a semicolon or in a second sentence, what to do next. It
+quotes what others wrote, so it is made fit for one line of a terminal, whatever that was.
 """
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import ClassVar
 
+LONGEST = 1000  # characters of a message
+
 
 class QuantkitError(Exception):
     """Base of all errors that are the user's to solve; anything else is a bug in quantkit."""
 
     exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        """Return the message: printable, in one line, its middle left out where it is very long."""
+        text = super().__str__()
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class UsageError(QuantkitError):
@@ -56,6 +67,12 @@ class CheckFailure(QuantkitError):
     """`quantkit check` found at least one fault."""
 
     exit_code = 7
+
+
+class TeamError(QuantkitError):
+    """Another process of a run on several ended or cannot be reached."""
+
+    exit_code = 8
 
 
 class QuantkitWarning(UserWarning):

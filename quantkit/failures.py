@@ -1,21 +1,26 @@
 """How a command fails: one line on stderr, or one JSON object on stdout, and an exit code.
 
-What is raised below the command line, and what the parser of its options says.
+What is raised below the command line, and what the parser of its options says. Of several processes that a launcher
+started, one says it.
 """
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
 
 from quantkit import display
-from quantkit.errors import QuantkitError, QuantkitWarning, UsageError
+from quantkit.errors import QuantkitError, QuantkitWarning, TeamError, UsageError
+
+if TYPE_CHECKING:
+    from quantkit.calibrate.team import Team
 
 
 class OneLine(TyperGroup):
@@ -38,7 +43,8 @@ class OneLine(TyperGroup):
             where = context.command_path if context else "quantkit"
             message = error.format_message().rstrip(".")
             link = " See" if message.endswith("?") else "; see"
-            display.failed(f"{message}{link} {where} --help", UsageError.exit_code, as_json="--json" in given)
+            if leads():
+                display.failed(f"{message}{link} {where} --help", UsageError.exit_code, as_json="--json" in given)
             sys.exit(UsageError.exit_code)
         sys.exit(code)
 
@@ -62,14 +68,66 @@ def errors(as_json: bool) -> Iterator[None]:
             warnings.showwarning = lambda message, *_: display.warned(str(message))
             yield
     except QuantkitError as error:
-        display.failed(str(error), error.exit_code, as_json=as_json)
+        display.failed(_with_notes(str(error), error), error.exit_code, as_json=as_json)
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        display.failed("interrupted; nothing was written", 130, as_json=as_json)
+    except KeyboardInterrupt as error:
+        kept = _with_notes("interrupted", error)
+        display.failed(kept if ";" in kept else f"{kept}; nothing was written", 130, as_json=as_json)
         raise typer.Exit(130) from None
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
             raise
         hint = "lower --samples, --seqlen or --batch-size (quantkit quantize --dry-run predicts the peak)"
-        display.failed(f"out of memory; {hint}", 1, as_json=as_json)
+        display.failed(_with_notes(f"out of memory; {hint}", error), 1, as_json=as_json)
         raise typer.Exit(1) from None
+
+
+def _with_notes(message: str, error: BaseException) -> str:
+    """Return the message with what the error's notes say of going on."""
+    return "; ".join([message, *getattr(error, "__notes__", ())])
+
+
+def leads() -> bool:
+    """Return whether this process is alone or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def launched() -> Iterator["Team | None"]:
+    """Join the processes that a launcher started, None without one; of those that fail, one is left to say why."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # nothing to import torch for
+        yield None
+        return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is told in one line, below
+    from quantkit.calibrate.team import Team
+    from quantkit.keeping import Stopped
+
+    with Team.join() as team:
+        try:
+            yield team
+        except typer.Exit:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, which has seen that one of us ended
+            cause = isinstance(error, Stopped) or not isinstance(error, TeamError | KeyboardInterrupt)
+            missing = team.farewell(cause=cause)
+            if missing is None:
+                raise typer.Exit(getattr(error, "exit_code", 1)) from None
+            if len(missing) == 1 and not cause:
+                raise TeamError(
+                    f"process {missing[0]} of {team.size}, counted from 0, ended; start the same command again"
+                ) from error
+            raise
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Refuse to be one of several processes.
+
+    Raises:
+        UsageError: a launcher started others beside this one.
+    """
+    with launched() as team:
+        if team is not None:
+            raise UsageError(f"this command runs in one process, not in {team.size}; start it without the launcher")
+        yield

@@ -7,7 +7,7 @@ import typer
 
 from quantkit import display, scoreboard
 from quantkit.errors import UsageError
-from quantkit.failures import errors
+from quantkit.failures import alone, errors, launched
 from quantkit.flags import Device, Json, Model, Revision, Runtime
 from quantkit.runtime import DEFAULT_RUNTIME, GENERATE_RUNTIME
 
@@ -63,19 +63,20 @@ def evaluate(
     Of the perplexity: one stream of text, windows that do not overlap, the last partial one dropped, loss in float32.
     A text file is one stream as it is; in a .jsonl every document starts with the tokenizer's BOS where it has one.
     """
-    with errors(as_json):
+    with errors(as_json), launched() as team:
+        leads = team is None or team.leads
         of_tasks = _of_tasks(limit, num_fewshot, batch_size, include_path)
         named = _split(tasks)
         if named:
             _refuse_given("a text, not for --tasks", text=text, seqlen=seqlen, windows=windows)
         else:
             _refuse_given("--tasks", **of_tasks)
-        scoreboard.refuse_output(output)
+        scoreboard.refuse_output(output if leads else None)
         from quantkit import api
 
-        how: dict[str, Any] = {"against": against, "bos": bos, "runtime": runtime, "device": device}
+        how: dict[str, Any] = {"team": team, "against": against, "bos": bos, "runtime": runtime, "device": device}
         shown: dict[str, Any] = {"runtime": runtime, "as_json": as_json, "output": output}
-        with scoreboard.counting(quiet=as_json) as tell:
+        with scoreboard.counting(quiet=as_json or not leads) as tell:
             if named:
                 scores = api.evaluate_tasks(model, named, **of_tasks, **how, revision=revision, progress=tell)
             else:
@@ -83,6 +84,8 @@ def evaluate(
                 measured = api.evaluate(
                     model, **where, **how, revision=revision, progress=lambda *count: tell("evaluating", *count)
                 )
+        if not leads:
+            return
         if named:
             scoreboard.scored(model, against, scores, _said(of_tasks), **shown)
         else:
@@ -111,7 +114,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Print how far MODEL's predictions are from REFERENCE's: divergence, agreement, perplexities, flipped answers."""
-    with errors(as_json):
+    with errors(as_json), alone():
         of_tasks = _of_tasks(limit, num_fewshot, batch_size, include_path)
         named = _split(tasks)
         if not named:
@@ -140,7 +143,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with a model, quantized or not."""
-    with errors(as_json):
+    with errors(as_json), alone():
         from quantkit import api
 
         with display.status("loading", quiet=as_json):
@@ -159,7 +162,7 @@ def generate(
 
 def lm_eval(context: typer.Context) -> None:
     """Run lm-eval's own command line, which then knows --model quantkit --model_args pretrained=OUT,runtime=packed."""
-    with errors(as_json=False):
+    with errors(as_json=False), launched():
         from quantkit.evaluation import harness
 
         harness.shell(context.args)

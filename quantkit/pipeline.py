@@ -1,47 +1,35 @@
 """One run from a recipe to a directory: everything is refused in `prepare`, everything is computed in `execute`."""
 
 import json
-import platform
-import resource
-import sys
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from quantkit.calibrate.data import calibration_tokens, load_tokenizer
+from quantkit import material
 from quantkit.calibrate.engine import CheckSample, Engine
-from quantkit.calibrate.memory import release_freed
-from quantkit.calibrate.self_text import sample_tokens
-from quantkit.calibrate.sensitivity import SHRINK, Sensitivity
-from quantkit.calibrate.text import SELF, read_text
+from quantkit.calibrate.journal import Journal
+from quantkit.calibrate.streams import Streams
 from quantkit.calibrate.walk import BlockReport, Listener
-from quantkit.conversion import export, further, refuse_unfit
-from quantkit.errors import DataError, OutputError, UsageError
-from quantkit.evaluation.loading import load_model
-from quantkit.evaluation.manifest import CHECK, RECIPE, REPORT, check_document, tensor_manifest
-from quantkit.exporters.compressed_tensors import CompressedTensors
-from quantkit.model import names
-from quantkit.model.block import Block
-from quantkit.model.checkpoint import SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint, side_files
-from quantkit.model.device import pick_device
-from quantkit.model.names import Source
-from quantkit.model.rotation import Rotation
-from quantkit.model.skeleton import Skeleton
-from quantkit.model.writer import Writer, refuse_existing, refuse_full_disk
-from quantkit.planning import Plan, make_plan
-from quantkit.recipe import Recipe
-from quantkit.shares import allocated, refuse_too_large, with_samples
-from quantkit.sparsities import pruned_facts, pruner_of
-from quantkit.workload import writing_batch
+from quantkit.conversion import export, further
+from quantkit.errors import OutputError
+from quantkit.evaluation.manifest import RECIPE, REPORT, tensor_manifest
+from quantkit.host import peak_memory
+from quantkit.keeping import Keeper, Shared
+from quantkit.model.checkpoint import Checkpoint
+from quantkit.model.workspace import Workspace, clear_disk_errors
+from quantkit.model.writer import Shards, Writer
+from quantkit.output import Sink, as_json, write_side_files
+from quantkit.planning import Plan
+from quantkit.preparation import Prepared, identity, prepare, refuse_what_cannot_work
+from quantkit.provenance import Timed, machine, tokens_sha256, versions
+from quantkit.shares import with_samples
+from quantkit.sparsities import pruned_facts
 
-_WRITTEN = {"config.json", RECIPE, REPORT, CHECK}
-_PACKAGES = ("quantkit", "torch", "transformers", "safetensors", "compressed-tensors")
+__all__ = ["Prepared", "Progress", "Silent", "execute", "peak_memory", "prepare"]
 
 
 class Progress(Listener, Protocol):
@@ -51,7 +39,7 @@ class Progress(Listener, Protocol):
         """A stage begins.
 
         'reading text' or 'writing text', 'downloading' or 'opening weights', 'verifying weights', 'measuring',
-        'calibrating', 'distilling', 'writing', 'exporting' and the format.
+        'catching up' with an interrupted run, 'calibrating', 'distilling', 'writing', 'exporting' and the format.
         """
 
     def planned(self, plan: Plan) -> None:
@@ -74,132 +62,171 @@ class Silent:
         """Ignore."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A run that nothing speaks against: recipe, source, skeleton, plan, and the rotation if there is one."""
-
-    recipe: Recipe
-    source: Source
-    skeleton: Skeleton
-    plan: Plan
-    rotation: Rotation | None = None
-
-
-def prepare(recipe: Recipe, device: str | None = None) -> Prepared:
-    """Look at the model without its weights and refuse what cannot work.
-
-    Raises:
-        UsageError, ModelError, NetworkError: see `names.resolve`, `Skeleton`, `make_plan`, `conversion.refuse_unfit`.
-    """
-    recipe.build_passes()
-    source = names.resolve(recipe.model, revision=recipe.revision, weights=False)
-    recipe = replace(recipe, revision=source.revision)
-    skeleton = Skeleton(source.path)
-    plan = make_plan(skeleton, recipe, pick_device(device))
-    _refuse_formats(recipe, source, plan)
-    refuse_too_large(plan, recipe)
-    rotation = Rotation.of(skeleton, recipe.seed) if recipe.rotate else None
-    return Prepared(recipe=recipe, source=source, skeleton=skeleton, plan=plan, rotation=rotation)
-
-
 def execute(
-    prepared: Prepared, output: Path, *, overwrite: bool = False, progress: Progress | None = None
+    prepared: Prepared,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Quantize and write `output`, then its further formats into directories of their names; return the report.
+    """Quantize and write `output`, with further formats in directories of their names in it; return the report.
+
+    What is finished is kept in a hidden directory beside `output`, and the same recipe goes on there after whatever
+    ended this process. The output is then the same to the last byte, but for the times in report.json.
+
+    Of several processes the first does that; the others compute their share and return nothing.
+
+    Args:
+        prepared: the run.
+        output: the directory to write, which appears whole or not at all.
+        overwrite: replace an existing one, which is kept until the new one is whole.
+        restart: forget what an interrupted run left, instead of going on behind it.
+        progress: told what happens.
+        stop: asked after each finished block whether to stop there.
 
     Raises:
-        UsageError: it would need more memory than is free.
-        OutputError: `output` exists, would replace its own source, or the disk is too small or full.
+        UsageError: it would need more memory than is free, or an interrupted run had another recipe.
+        OutputError: `output` exists, is being written, would replace its own source, or the disk is too small or full.
         DataError, NetworkError: the calibration text cannot be had.
-        ModelError: the weights are damaged.
+        ModelError: the weights are damaged, or not those that the interrupted run had.
+        Stopped: `stop` returned true.
     """
     progress = progress or Silent()
-    started = time.monotonic()
-    _refuse_what_cannot_work(prepared, output, overwrite=overwrite)
+    refuse_what_cannot_work(prepared, output, overwrite=overwrite)
+    if not prepared.team.leads:
+        return _follow(prepared, output)
+    with Workspace(output) as place:
+        if prepared.team.say(place.finished and not restart):
+            return _finished(prepared, place)
+        journal = Journal(place.run, identity(prepared), restart=restart)
+        try:
+            return _run(prepared, place, journal, progress, stop, overwrite=overwrite)
+        except BaseException as error:
+            if journal.begun and "--restart" not in str(error):  # which says that it cannot go on
+                done = f", behind block {journal.finished - 1}" if journal.finished else ""
+                error.add_note(f"the same command goes on{done}")
+            raise
+
+
+def _run(
+    prepared: Prepared,
+    place: Workspace,
+    journal: Journal,
+    progress: Progress,
+    stop: Callable[[], bool],
+    *,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Do the run in its workspace, from where the journal ends."""
     progress.planned(prepared.plan)
-    tokens = _tokens(prepared, progress)
-    progress.stage("downloading" if prepared.source.id else "opening weights")
-    source = names.resolve(prepared.recipe.model, revision=prepared.recipe.revision)
-    checkpoint = Checkpoint(source.path)
-    progress.stage("verifying weights")
-    for _ in checkpoint.verify_finite():
-        pass
-    prepared = _share(_spend(prepared, checkpoint, tokens, progress), checkpoint, tokens, progress)
-    progress.stage("calibrating")
-    with Writer(output, overwrite=overwrite) as writer:
-        sink = _Sink(prepared, checkpoint, writer)
-        dropped = _tied_duplicate(prepared.skeleton, checkpoint)
-        batches, whole = tokens.split(prepared.recipe.calibration.batch_size), dict[str, Any]()
-        engine = with_samples(_engine(prepared, checkpoint), prepared.recipe, batches)
-        reports, sample = engine.run(batches, sink.emit, progress, whole)
-        progress.stage("writing")
+    watch = Timed(progress)
+    tokens = material.calibration(prepared, journal, watch)
+    checkpoint, digests = material.weights(prepared, journal, watch)
+    prepared = material.spend(prepared, checkpoint, tokens, journal, watch)
+    prepared = material.share(prepared, checkpoint, tokens, journal, watch)
+    watch.stage("calibrating")
+    staged = any(not step.blocks_at_once for step in prepared.recipe.build_passes().values())
+    with Writer(place.output, overwrite=overwrite, place=place, keep=_shards(journal, staged=staged)) as writer:
+        rounds = prepared.plan.rounds
+        sink = Sink(prepared.skeleton, checkpoint, writer.shards, rounds=rounds)
+        keeper = Keeper(
+            journal,
+            Sink(prepared.skeleton, checkpoint, _staging(place, journal)) if staged else sink,
+            lambda: _keep_first(journal, tokens, digests),
+            staged=staged,
+            machine=machine(prepared.plan.device),
+            watch=watch,
+            stop=stop,
+        )
+        engine = _engine(prepared, checkpoint, Streams(prepared.plan.stream_bytes, place.made), tokens)
+        result = keeper.result(sink)
+        prepared.team.say(result is not None)
+        reports, sample, whole = result or _calibrate(engine, tokens, prepared, sink, keeper, watch)
+        watch.stage("writing")
         with engine.outer_weights() as changed:
             sink.emit_outer(changed)
-        sink.copy_rest(dropped)
+        sink.copy_rest()
         hashes = writer.close_shards()
-        report = _report(prepared, reports, tokens, sink, hashes, time.monotonic() - started) | {"whole": whole}
-        _write_side_files(prepared, writer, report, sample)
+        write_side_files(writer, prepared.source.path, prepared.recipe, prepared.plan, prepared.rotation, sample)
+        report = _report(prepared, reports, tokens, sink, hashes, keeper)
+        report |= {"whole": whole, "source_sha256": digests, "measured": _measured(place, sink, engine, keeper)}
+        writer.write_text(REPORT, as_json(report))
+        for name in further(prepared.recipe.formats):
+            watch.stage(f"exporting {name}")
+            export(writer.directory, format=name)
         writer.finish()
-    _export(prepared.recipe, output, progress)
     return report
 
 
-def _export(recipe: Recipe, output: Path, progress: Progress) -> None:
-    """Write the further formats of a finished output."""
-    for name in further(recipe.formats):
-        progress.stage(f"exporting {name}")
-        export(output, format=name)
+def _follow(prepared: Prepared, output: Path) -> dict[str, Any]:
+    """Compute this process's share of a run that another one writes."""
+    team = prepared.team
+    if team.say(None):  # it is finished
+        return {}
+    tokens = material.calibration(prepared, None, Silent())
+    checkpoint, _ = material.weights(prepared, None, Silent())
+    prepared = material.spend(prepared, checkpoint, tokens, None, Silent())
+    prepared = material.share(prepared, checkpoint, tokens, None, Silent())
+    if not team.say(None):  # only the writing is left
+        beside = output.resolve().parent
+        streams = Streams(prepared.plan.stream_bytes, beside if beside.exists() else None)
+        engine = _engine(prepared, checkpoint, streams, tokens)
+        engine.run(_batches(prepared, tokens), lambda block: None, Silent(), None, Shared(team))  # noqa: ARG005
+    return {}
 
 
-def _refuse_formats(recipe: Recipe, source: Source, plan: Plan) -> None:
-    if not plan.rounds:
-        return
-    schemes = {str(each): each for each in plan.budget.schemes} if plan.budget else plan.schemes
-    refuse_unfit(recipe.formats, schemes, plan.shapes, plan.classes, source.path)
+def _batches(prepared: Prepared, tokens: Tensor) -> list[Tensor]:
+    """Return this process's rows of every batch."""
+    return [prepared.team.rows(batch) for batch in tokens.split(prepared.recipe.calibration.batch_size)]
 
 
-def _refuse_what_cannot_work(prepared: Prepared, output: Path, *, overwrite: bool) -> None:
-    refuse_existing(output, overwrite=overwrite)
-    _refuse_source(output, prepared.source.path)
-    # other formats of the same codes have about the same size
-    refuse_full_disk(output, prepared.plan.output_bytes * (1 + len(further(prepared.recipe.formats))))
-    if prepared.plan.refusal:
-        raise UsageError(prepared.plan.refusal)
+def _calibrate(
+    engine: Engine, tokens: Tensor, prepared: Prepared, sink: Sink, keeper: Keeper, watch: Timed
+) -> tuple[list[BlockReport], CheckSample, dict[str, Any]]:
+    """Walk over the blocks; return their reports, the check sample, and what passes over the whole model noted."""
+    whole = dict[str, Any]()
+    reports, sample = engine.run(_batches(prepared, tokens), sink.emit, watch, whole, Shared(prepared.team, keeper))
+    keeper.note_result(sample, whole, sink)
+    return reports, sample, whole
 
 
-def _spend(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, progress: Progress) -> Prepared:
-    """Return the run with its budget of bits, if it has one, spent by measured losses."""
-    plan = prepared.plan
-    if not plan.budget:
-        return prepared
-    progress.stage("measuring")
-    learns = any(step.learns for step in prepared.recipe.build_passes().values())
-    losses = Sensitivity(
-        skeleton=prepared.skeleton,
-        checkpoint=checkpoint,
-        ties=plan.budget.ties,
-        schemes=plan.budget.schemes,
-        shrink=SHRINK if learns else (1.0,),  # what does not learn does not clip either
-        scale_dtype=plan.scale_dtype,
-        device=plan.device,
-    ).run(tokens, progress.progress)
-    spent = plan.spend(losses)
-    CompressedTensors().check(spent.schemes)
-    return replace(prepared, plan=spent)
+def _finished(prepared: Prepared, place: Workspace) -> dict[str, Any]:
+    """Return the report of an output that a process left in its place, and sweep up behind that process."""
+    if (place.output / RECIPE).read_text(encoding="utf-8") != prepared.recipe.to_toml():
+        raise OutputError(f"{place.output} exists; choose another -o, or replace it with --overwrite --restart")
+    place.remove()
+    report: dict[str, Any] = json.loads((place.output / REPORT).read_text(encoding="utf-8"))
+    return report
 
 
-def _share(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, progress: Progress) -> Prepared:
-    """Return the run with the share that each linear loses, where the pass that prunes does not say the same of all."""
-    step = pruner_of(prepared.recipe.build_passes())
-    if step is None or step.allocation == "uniform":
-        return prepared
-    progress.stage("measuring")
-    found = allocated(step.allocation, _engine(prepared, checkpoint), tokens, progress.progress)
-    return replace(prepared, plan=replace(prepared.plan, sparsity=found))
+def _shards(journal: Journal, *, staged: bool) -> int:
+    """Return how many shards of the output an earlier process wrote; refuse those that are damaged."""
+    result = journal.recall("result")
+    if result is not None:
+        return int(result["shards"])
+    return 0 if staged or not journal.finished else int(journal.block(journal.finished - 1)["shards"])
 
 
-def _engine(prepared: Prepared, checkpoint: Checkpoint) -> Engine:
-    return Engine(
+def _staging(place: Workspace, journal: Journal) -> Shards:
+    """Return where finished blocks wait for passes over the whole model."""
+    with clear_disk_errors(place.output):
+        place.blocks.mkdir(exist_ok=True)
+    shards = Shards(place.blocks, place.output)
+    shards.keep(int(journal.block(journal.finished - 1)["shards"]) if journal.finished else 0)
+    return shards
+
+
+def _keep_first(journal: Journal, tokens: Tensor, hashes: Mapping[str, str]) -> None:
+    """Keep what the blocks depend on, when the first of them is finished."""
+    journal.note("source", dict(hashes))
+    if journal.recall("tokens") is None:
+        journal.note("tokens", {}, {"tokens": tokens})
+
+
+def _engine(prepared: Prepared, checkpoint: Checkpoint, streams: Streams, tokens: Tensor) -> Engine:
+    engine = Engine(
         skeleton=prepared.skeleton,
         checkpoint=checkpoint,
         passes=list(prepared.recipe.build_passes().values()),
@@ -207,143 +234,26 @@ def _engine(prepared: Prepared, checkpoint: Checkpoint) -> Engine:
         scale_dtype=prepared.plan.scale_dtype,
         device=prepared.plan.device,
         seed=prepared.recipe.seed,
-        sparsity=prepared.plan.sparsity,
         rotation=prepared.rotation,
+        team=prepared.team,
+        streams=streams,
+        sparsity=prepared.plan.sparsity,
     )
-
-
-class _Sink:
-    """Encodes finished blocks into the writer, then copies everything that no block replaced."""
-
-    def __init__(self, prepared: Prepared, checkpoint: Checkpoint, writer: Writer) -> None:
-        self.prepared, self.checkpoint, self.writer = prepared, checkpoint, writer
-        self.replaced: set[str] = set()
-        self.written: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self.zeros: dict[str, int] = {}  # of what was pruned
-
-    def emit(self, block: Block) -> None:
-        """Write the tensors that were made of a block under the names that the source gave them."""
-        exporter, skeleton = CompressedTensors(), self.prepared.skeleton
-        self.zeros |= {site.name: int((~site.mask).sum()) for site in block.sites if site.mask is not None}
-        for site in block.sites if self.prepared.plan.rounds else ():
-            stored = skeleton.stored_name(site.parameter, self.checkpoint)
-            assert stored is not None, f"{site.name} was loaded but is not in the checkpoint"
-            assert site.quantized is not None, f"{site.name} was not rounded"
-            self.replaced.add(stored)
-            prefix = stored.removesuffix("weight")
-            scale = "BF16" if site.scale_dtype == torch.bfloat16 else "F16"
-            rows, columns = site.quantized.codes.shape
-            for end, entry in exporter.layout((rows, columns), site.scheme, scale).items():
-                self.written[prefix + end] = entry
-            for end, tensor in exporter.encode(site.quantized).items():
-                self.writer.add(prefix + end, tensor)
-        for name in sorted(block.changed):
-            stored = skeleton.stored_name(f"{block.name}.{name}", self.checkpoint)
-            assert stored is not None, f"{name} was loaded but is not in the checkpoint"
-            info = self.checkpoint.tensors[stored]
-            self.replaced.add(stored)
-            self.written[stored] = (info.dtype, info.shape)
-            self.writer.add(stored, block.module.get_parameter(name).to(TORCH_DTYPES[info.dtype]))
-        self.writer.flush()
-
-    def emit_outer(self, changed: Mapping[str, Tensor]) -> None:
-        """Write parameters from outside the blocks; a head that was tied gets a tensor of its own."""
-        for name, tensor in changed.items():
-            stored = self.prepared.skeleton.stored_name(name, self.checkpoint) or name
-            self.replaced.add(stored)
-            self.written[stored] = (SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape))
-            self.writer.add(stored, tensor)
-
-    def copy_rest(self, dropped: str | None) -> None:
-        """Copy every other tensor of the source but `dropped`, known to the model or not, byte for byte."""
-        for name, info in self.checkpoint.tensors.items():
-            if name not in self.replaced and name != dropped:
-                self.writer.add(name, self.checkpoint.load([name])[name])
-                self.written[name] = (info.dtype, info.shape)
-
-
-def _tied_duplicate(skeleton: Skeleton, checkpoint: Checkpoint) -> str | None:
-    """Return the stored name of a head that repeats tied embeddings, which loaders then need not reconcile."""
-    head, embedding = skeleton.model.get_output_embeddings(), skeleton.model.get_input_embeddings()
-    if not skeleton.config.get_text_config().tie_word_embeddings or head is None:
-        return None
-    of = {id(module): name for name, module in skeleton.model.named_modules()}
-    stored = [skeleton.stored_name(f"{of[id(module)]}.weight", checkpoint) for module in (head, embedding)]
-    if None in stored or stored[0] == stored[1]:
-        return None
-    pair = [checkpoint.load([name])[name] for name in stored if name]
-    return stored[0] if torch.equal(*pair) else None
-
-
-def _tokens(prepared: Prepared, progress: Progress) -> Tensor:
-    """Return the calibration tokens, as many as asked for unless fewer are allowed."""
-    wanted, seqlen = prepared.recipe.calibration, prepared.plan.seqlen
-    if wanted.text == SELF:
-        return _own_text(prepared, progress)
-    progress.stage("reading text")
-    tokenizer = load_tokenizer(prepared.source.path)
-    tokens = calibration_tokens(
-        read_text(wanted.text), tokenizer, samples=wanted.samples, seqlen=seqlen, seed=prepared.recipe.seed
-    )
-    if not len(tokens) or (len(tokens) < wanted.samples and not wanted.allow_short):
-        way = "lower --seqlen" if not len(tokens) else f"pass --samples {len(tokens)} or --allow-short"
-        raise DataError(
-            f"{wanted.text} gives {len(tokens)} sequences of {seqlen} tokens, not {wanted.samples}; "
-            f"{way}, or give more text"
-        )
-    vocabulary = prepared.skeleton.config.get_text_config().vocab_size
-    if int(tokens.max()) >= vocabulary:
-        raise DataError(
-            f"the tokenizer gives token {int(tokens.max())} but the model's vocabulary ends at {vocabulary - 1}"
-        )
-    return tokens
-
-
-def _own_text(prepared: Prepared, progress: Progress) -> Tensor:
-    """Return calibration tokens that the model writes; the whole model is in memory meanwhile."""
-    recipe, plan = prepared.recipe, prepared.plan
-    progress.stage("writing text")
-    model, tokenizer = load_model(recipe.model, revision=recipe.revision, device=str(plan.device))
-    tokens = sample_tokens(
-        model,
-        tokenizer,
-        samples=recipe.calibration.samples,
-        seqlen=plan.seqlen,
-        seed=recipe.seed,
-        at_once=writing_batch(prepared.skeleton, plan.seqlen),
-        progress=progress.progress,
-    )
-    del model
-    release_freed()
-    return tokens
-
-
-def _write_side_files(prepared: Prepared, writer: Writer, report: Mapping[str, Any], sample: CheckSample) -> None:
-    for path in side_files(prepared.source.path, but=_WRITTEN):
-        writer.copy(path)
-    config = json.loads((prepared.source.path / "config.json").read_text(encoding="utf-8"))
-    plan = prepared.plan
-    if prepared.rotation:  # said even where it is the family's default
-        config["tie_word_embeddings"] = False
-    if plan.rounds:
-        config["quantization_config"] = CompressedTensors().config(plan.schemes, plan.classes, plan.dense)
-    writer.write_text("config.json", _json(config))
-    writer.write_text(RECIPE, prepared.recipe.to_toml())
-    writer.write_text(REPORT, _json(report))
-    writer.write_text(CHECK, json.dumps(check_document(sample.tokens, sample.logits)) + "\n")
+    return with_samples(engine, prepared.recipe, tokens.split(prepared.recipe.calibration.batch_size))
 
 
 def _report(
     prepared: Prepared,
     blocks: Sequence[BlockReport],
     tokens: Tensor,
-    sink: _Sink,
+    sink: Sink,
     hashes: Mapping[str, str],
-    seconds: float,
+    keeper: Keeper,
 ) -> dict[str, Any]:
     plan, recipe = prepared.plan, prepared.recipe
     return {
-        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(),
+        "machine": machine(plan.device),
         "source": {"model": recipe.model, "id": prepared.source.id, "revision": prepared.source.revision},
         "scheme": plan.scheme,
         "method": " + ".join(recipe.passes),
@@ -351,26 +261,30 @@ def _report(
         "notes": list(plan.notes),
         "seed": recipe.seed,
         "device": str(plan.device),
-        "calibration": {"text": recipe.calibration.text, "samples": len(tokens), "seqlen": plan.seqlen},
+        "calibration": {
+            "text": recipe.calibration.text,
+            "samples": len(tokens),
+            "seqlen": plan.seqlen,
+            "sha256": tokens_sha256(tokens),
+        },
         "parameters": plan.parameters,
         "quantized_parameters": plan.quantized_parameters,
         "bits_per_weight": plan.bits_per_weight,
         "predicted": {
             "output_bytes": plan.output_bytes,
+            "spilled_bytes": plan.spilled_bytes,
+            "disk_bytes": plan.calibration_bytes,
             "memory_bytes": plan.memory_bytes,
+            "memory_limit": plan.memory_limit,
             "device_bytes": plan.device_bytes,
             "seconds": plan.seconds,
         },
-        "measured": {
-            "output_bytes": sink.writer.bytes,
-            "memory_bytes": peak_memory(),
-            "device_bytes": torch.cuda.max_memory_allocated(plan.device) if plan.device.type == "cuda" else 0,
-            "seconds": seconds,
-        },
+        "processes": prepared.team.size,
+        "attempts": {"count": keeper.attempt, "identical": keeper.identical},
         "blocks": [asdict(block) for block in blocks],
         **({"allocation": plan.allocation.facts()} if plan.allocation else {}),
         **(
-            {"sparsity": pruned_facts(plan.shapes, plan.sparsity, sink.zeros, sink.writer.directory)}
+            {"sparsity": pruned_facts(plan.shapes, plan.sparsity, blocks, sink.shards.directory)}
             if plan.sparsity
             else {}
         ),
@@ -380,19 +294,15 @@ def _report(
     }
 
 
-def peak_memory() -> int:
-    """Return the peak resident memory of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _refuse_source(output: Path, source: Path) -> None:
-    target, model = output.resolve(), source.resolve()
-    if target == model or target in model.parents:
-        raise OutputError(f"{output} holds the model that is being read; choose another -o")
-    if model in target.parents:
-        raise OutputError(f"{output} lies inside the model that is being read; choose another -o")
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def _measured(place: Workspace, sink: Sink, engine: Engine, keeper: Keeper) -> dict[str, Any]:
+    """Return what a run took, by the names of what was predicted."""
+    files = sum(path.stat().st_size for path in place.directory.rglob("*") if path.is_file())
+    return {
+        "output_bytes": sink.shards.bytes,
+        "spilled_bytes": engine.streams.spilled,
+        "disk_bytes": files + engine.streams.spilled,
+        "memory_bytes": peak_memory(),
+        "device_bytes": torch.cuda.max_memory_allocated(engine.device) if engine.device.type == "cuda" else 0,
+        "seconds": keeper.seconds,
+        "stages": keeper.watch.stages,
+    }

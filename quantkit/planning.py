@@ -1,6 +1,6 @@
 """What a run will do, before it does anything: sites, sizes, memory, disk, time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -13,6 +13,7 @@ from quantkit.core.masks import Sparsity
 from quantkit.core.scheme import UNQUANTIZED, QuantScheme
 from quantkit.errors import UsageError
 from quantkit.evaluation.manifest import DENSE
+from quantkit.limits import Limits
 from quantkit.model.activations import attentions
 from quantkit.model.equivalence import find_pairs
 from quantkit.model.skeleton import LINEARS, Skeleton
@@ -66,7 +67,12 @@ class Plan:
         scale_dtype: dtype of the stored scales.
         device: where blocks are computed.
         output_bytes: predicted size of the written weights.
+        formats: further formats, each about as large.
+        kept_bytes: predicted size of what is kept on the disk to go on from.
+        stream_bytes: how much of the hidden states between blocks may stay in memory.
+        spilled_bytes: how much more of them there is predicted to be, which goes to the disk.
         memory_bytes: predicted peak of resident host memory.
+        memory_limit: the most that it may be.
         device_bytes: predicted peak of GPU memory, 0 on the CPU.
         seconds: predicted duration of the calibration.
         budget: what `--target-bpw` asks for, None without it.
@@ -93,7 +99,11 @@ class Plan:
     scale_dtype: torch.dtype
     device: torch.device
     output_bytes: int
+    kept_bytes: int
+    stream_bytes: int
+    spilled_bytes: int
     memory_bytes: int
+    memory_limit: int
     device_bytes: int
     seconds: float
     budget: Budget | None = None
@@ -102,7 +112,18 @@ class Plan:
     rounds: bool = True
     presets: tuple[PresetCost, ...] = ()
     refusal: str | None = None
+    formats: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def calibration_bytes(self) -> int:
+        """What the disk has to hold during calibration: weights, what is kept to go on from, what is spilled."""
+        return self.output_bytes + self.kept_bytes + self.spilled_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the disk has to hold at the peak: further formats take the place of what was spilled."""
+        return max(self.calibration_bytes, self.output_bytes * (1 + len(self.formats)) + self.kept_bytes)
 
     @property
     def quantized_parameters(self) -> int:
@@ -131,8 +152,8 @@ class Plan:
         )
 
 
-def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
-    """Return the plan of a run; no weight is read.
+def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device, memory: int | None = None) -> Plan:
+    """Return the plan of a run that may take `memory` bytes, a share of what is free for None; no weight is read.
 
     Raises:
         UsageError: a group size that does not divide a width, a glob that matches nothing, nothing left to quantize, a
@@ -149,7 +170,9 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
     _refuse_too_large_to_write(work)
     parameters = count(skeleton.model.parameters()) + (_tied_head(skeleton) if recipe.rotate else 0)
     quantized = sum(rows * columns for rows, columns in shapes.values())
-    presets = _preset_costs(skeleton, recipe, work, budget, speed)
+    limits = Limits.of(device, memory)
+    others = _presets(skeleton, recipe, work, budget)
+    presets = tuple(_preset_cost(name, other, work, speed, limits) for name, other in others.items())
     classes = tuple(sorted({type(linears[name]).__name__ for name in schemes}))
     return Plan(
         model_type=skeleton.config.model_type,
@@ -171,14 +194,19 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device) -> Plan:
         scale_dtype=scale_dtype(skeleton),
         device=device,
         output_bytes=packed + (parameters - quantized) * work.stored_bytes,
-        memory_bytes=costs.host_memory(work),
+        kept_bytes=costs.kept_bytes(work, packed),
+        stream_bytes=limits.held(work),
+        spilled_bytes=limits.spilled(work),
+        memory_bytes=limits.memory_of(work),
+        memory_limit=limits.memory,
         device_bytes=costs.device_memory(work),
         seconds=costs.duration(work, speed),
         budget=budget,
         sparsity=sparsities.assign({name: linears[name] for name in schemes}, step) if step else {},
         rounds=not recipe.dense,
         presets=presets,
-        refusal=_too_large(work, presets),
+        refusal=limits.refusal(work, [(name, others[name]) for name in reversed(others) if others[name] is not work]),
+        formats=tuple(conversion.further(recipe.formats)),
         notes=(
             *_family_notes(skeleton, schemes, budget),
             *_attention_notes(skeleton, schemes),
@@ -311,57 +339,32 @@ def _workload(skeleton: Skeleton, recipe: Recipe, budget: Budget | None, device:
     return workload(skeleton, recipe, device, ties=ties, widths=widths)
 
 
-def _preset_costs(
-    skeleton: Skeleton, recipe: Recipe, chosen: Workload, budget: Budget | None, speed: costs.Speed
-) -> tuple[PresetCost, ...]:
-    """Return what the presets would take in the place of the recipe's passes.
+def _presets(skeleton: Skeleton, recipe: Recipe, chosen: Workload, budget: Budget | None) -> dict[str, Workload]:
+    """Return what the presets would do in the place of the recipe's passes; `chosen` itself where that is the same.
 
     In the place of a method that learns nothing, and was given just text to check, they get as much as they learn from.
     """
     if recipe.dense:
-        return ()
-    found, passes = [], recipe.build_passes()
+        return {}
+    found, passes = {}, recipe.build_passes()
     learns = any(step.learns for step in passes.values())
     few = not learns and recipe.calibration.samples == SAMPLES_TO_CHECK
     for name in LEARNED:
         other = with_changes(recipe, {"samples": Calibration().samples} if few else {}, preset=name)
         same = other.build_passes() == passes
-        work = chosen if same else _workload(skeleton, other, budget, chosen.device)
-        found.append(
-            PresetCost(
-                name=name,
-                memory_bytes=costs.host_memory(work),
-                device_bytes=costs.device_memory(work),
-                seconds=costs.duration(work, speed),
-                fits=_fits(work),
-                chosen=same,
-            )
-        )
-    return tuple(found)
+        found[name] = chosen if same else _workload(skeleton, other, budget, chosen.device)
+    return found
 
 
-def _fits(work: Workload) -> bool:
-    return all(needed <= free for _, needed, free in _needs(work))
-
-
-def _needs(work: Workload) -> Iterator[tuple[str, int, int]]:
-    """Yield where memory is needed, how much more than this process has, and how much is free there."""
-    yield "memory", costs.host_memory(work) - costs.resident_memory(), costs.free_memory(torch.device("cpu"))
-    if work.on_gpu:
-        yield f"memory on {work.device}", costs.device_memory(work), costs.free_memory(work.device)
-
-
-def _too_large(work: Workload, presets: Sequence[PresetCost]) -> str | None:
-    """Say that a run needs more memory than is free, and which preset would not; None if it fits."""
-    smaller = next((cost.name for cost in reversed(presets) if not cost.chosen and cost.fits), None)
-    way = f"--preset {smaller} fits, or lower" if smaller else "lower"
-    for where, needed, free in _needs(work):
-        if needed > free:
-            return (
-                f"the run needs about {needed / 1e9:.2f} GB of {where} where {free / 1e9:.2f} GB are free; "
-                f"{way} --samples, --seqlen or --batch-size"
-            )
-    return None
+def _preset_cost(name: str, work: Workload, chosen: Workload, speed: costs.Speed, limits: Limits) -> PresetCost:
+    return PresetCost(
+        name=name,
+        memory_bytes=limits.memory_of(work),
+        device_bytes=costs.device_memory(work),
+        seconds=costs.duration(work, speed),
+        fits=limits.fits(work),
+        chosen=work is chosen,
+    )
 
 
 def _refuse_too_large_to_write(work: Workload) -> None:

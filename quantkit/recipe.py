@@ -1,6 +1,5 @@
 """A recipe: everything that decides what a run makes, as a value that is written beside the model and read back."""
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain
@@ -15,6 +14,7 @@ from quantkit.calibrate.passes import Pass, refuse_wrong_passes
 from quantkit.core.scheme import MAX_BITS, MIN_BITS, QuantScheme
 from quantkit.errors import UsageError
 from quantkit.fields import build_dataclass, refuse_misfits, refuse_unknown
+from quantkit.untrusted import parse_toml, read_document
 
 R = TypeVar("R", bound="Recipe")
 
@@ -82,6 +82,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in (self.model, self.calibration.text):
+            if name != name.encode(errors="replace").decode():
+                raise UsageError(f"{name!r} is not UTF-8, so no recipe can name it; rename it, or make a link to it")
         for name in self.formats:
             methods.find("exporters", name)
         if self.dense and (self.formats or self.rotate or self.target_bpw is not None):
@@ -156,7 +159,7 @@ class Recipe:
             UsageError: not TOML, or a key or value that a recipe does not have.
         """
         try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            table = parse_toml(read_document(path))
             steps = _read_passes(table.pop("passes", []))
             if "target_bpw" in table:
                 table["scheme"] = _scheme_of_target(table.get("scheme", {"group_size": DEFAULT_GROUP_SIZE}))
@@ -307,8 +310,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
     name, _, value = (part.strip() for part in text.partition("="))
     table = {"value": value} if value.isidentifier() and value not in ("true", "false") else {}
     try:
-        table = table or tomllib.loads(f"value = {value}")
-    except tomllib.TOMLDecodeError:
+        table = table or parse_toml(f"value = {value}")
+    except ValueError:
         table = {}
     if not name or not table:
         raise UsageError(f"--set takes NAME=VALUE such as lr=0.001 or schedule=linear, not {text!r}")

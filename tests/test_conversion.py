@@ -20,6 +20,7 @@ from quantkit.exporters.awq import AWQFormat
 from quantkit.exporters.compressed_tensors import CompressedTensors
 from quantkit.exporters.gptq import GPTQFormat
 from quantkit.model.checkpoint import Checkpoint
+from quantkit.model.writer import Shards
 
 FEW = {"method": "rtn", "samples": 1, "seqlen": 16, "device": "cpu"}
 LINEAR = "model.layers.1.mlp.down_proj"
@@ -117,13 +118,13 @@ def test_a_recipe_remembers_its_formats(made, tmp_path):
 
 
 def test_memory_holds_no_more_than_a_shard(output, monkeypatch):
-    waiting, flush = [], conversion.Writer.flush
+    waiting, flush = [], Shards.flush
 
-    def watched(writer):
-        waiting.append(len(writer._pending))
-        flush(writer)
+    def watched(shards):
+        waiting.append(len(shards._pending))
+        flush(shards)
 
-    monkeypatch.setattr(conversion.Writer, "flush", watched)
+    monkeypatch.setattr(Shards, "flush", watched)
     quantkit.export(output, format="awq")
     largest = max(len(load_file(path)) for path in (output / "awq").glob("*.safetensors"))
     assert len(list((output / "awq").glob("*.safetensors"))) == len(list(output.glob("*.safetensors"))) > 4

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from quantkit import costs, display
+from quantkit import display, host
 from quantkit.calibrate.walk import BlockReport
 from quantkit.recipe import Recipe
+from quantkit.units import human_time
 
 NOTES = {"fallback": "rtn, because training diverged", "diverged": "after 2 passes over the batches"}
 
@@ -40,6 +41,7 @@ def report(notes=None, whole=None):
         "formats": ["gptq"],
         "notes": ["no runtime does this"],
         "measured": {"output_bytes": 10, "memory_bytes": 10, "seconds": 10.0},
+        "predicted": {"memory_bytes": 12},
     }
 
 
@@ -85,12 +87,12 @@ def test_blocks_and_stages_are_followed_with_the_time_that_is_left(terminal):
 def test_a_plan_that_does_not_fit_says_so(monkeypatch, capsys):
     from quantkit.pipeline import prepare
 
-    monkeypatch.setattr(costs, "free_memory", lambda device: 1)
+    monkeypatch.setattr(host, "free_memory", lambda: 1)
     prepared = prepare(Recipe(model="tiny", passes={"rtn": {}}), "cpu")
     display.plan(prepared.plan, prepared.recipe, as_json=False)
     text = capsys.readouterr().out
     assert text.count("does not fit") == 4  # the presets, and a run that is none of them
-    assert "would be refused: the run needs about " in text
+    assert "would be refused: the run needs " in text
     facts = display.plan_facts(prepared.plan, prepared.recipe)
     assert facts["refusal"] == prepared.plan.refusal
     assert [cost["fits"] for cost in facts["presets"]] == [False] * 3
@@ -101,4 +103,4 @@ def test_a_plan_that_does_not_fit_says_so(monkeypatch, capsys):
     [(0.25, "0.2 s"), (59, "59 s"), (600, "10 min"), (3 * 3600, "3 h 00 min"), (90 * 3600, "4 days")],
 )
 def test_durations(seconds, text):
-    assert display._duration(seconds) == text
+    assert human_time(seconds) == text

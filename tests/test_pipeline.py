@@ -218,21 +218,6 @@ def test_a_damaged_weight_is_found_before_anything_is_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_full_disk_in_the_middle_leaves_no_trace(source, tmp_path, monkeypatch):
-    save, calls = writer.save_file, []
-
-    def failing(*args, **options):
-        calls.append(args)
-        if len(calls) > 1:
-            raise OSError(28, "No space left on device")
-        save(*args, **options)
-
-    monkeypatch.setattr(writer, "save_file", failing)
-    with pytest.raises(OutputError, match="the disk is full; nothing was changed"):
-        quantkit.quantize(source, output=tmp_path / "out", **FEW)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_disk_that_is_too_small_is_refused_before_the_text_is_read(source, tmp_path, monkeypatch):
     usage = writer.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage)

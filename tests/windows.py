@@ -8,6 +8,7 @@ from quantkit.calibrate.record import record
 from quantkit.calibrate.walk import rounded_to_nearest
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.skeleton import Skeleton
+from quantkit.train.trainables import WeightQuantizer
 
 CPU = torch.device("cpu")
 
@@ -62,3 +63,12 @@ def make_window(model, scheme, tokens, *, blocks=1, noise=0.0):
 def kept_error(window):
     """Return the window's error with what its sites hold."""
     return window.error({site.parameter: site.quantized.dequantize().float() for site in window.sites})
+
+
+def learned_by(site):
+    """Return the quantizer that OmniQuant left about a site."""
+    kept = dict(site.learned)
+    weight = kept.pop("weight", site.weight.detach())
+    quantizer = WeightQuantizer(weight, site.scheme, site.scale_dtype, offset="offset" in kept)
+    quantizer.go_on(kept)
+    return quantizer

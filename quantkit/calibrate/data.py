@@ -20,8 +20,10 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(" .:")
+    except MemoryError:
+        raise
+    except Exception as error:  # tokenizers raises plain ones
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
         raise ModelError(
             f"{directory} has no tokenizer that can be loaded: {reason}; copy the tokenizer files of the original there"
         ) from error

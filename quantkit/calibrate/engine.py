@@ -7,6 +7,7 @@ the codes of all blocks.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from quantkit.calibrate.gradients import Samples
 from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.passes import Pass, Window
 from quantkit.calibrate.record import finish, make_head, record
+from quantkit.calibrate.streams import Streams
+from quantkit.calibrate.team import Team, unite
 from quantkit.calibrate.walk import BlockReport, Listener, Walk
 from quantkit.core.masks import Sparsity
 from quantkit.core.scheme import QuantScheme
@@ -40,6 +43,25 @@ class CheckSample:
     logits: Tensor
 
 
+class Keeper(Protocol):
+    """Who keeps what is finished, so that another process can go on behind it.
+
+    Attributes:
+        finished: how many blocks an earlier process finished.
+    """
+
+    finished: int
+
+    def restore(self, block: Block) -> BlockReport:
+        """Give a finished block what was decided about it."""
+
+    def reopen(self, blocks: Sequence[Block]) -> Mapping[str, object]:
+        """Give the blocks that were in the window with the last finished one what they had; return that one's notes."""
+
+    def keep(self, block: Block, report: BlockReport, walk: Walk) -> None:
+        """Keep a block that is finished, and what is in the window of `walk` with it; compare one that was kept."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Engine:
     """Everything the walk needs.
@@ -55,6 +77,8 @@ class Engine:
         sparsity: module name → how much of it a pruning pass drops, of every linear that is pruned.
         samples: module name → what gradients of the whole model's loss in it are made of, where a pass asked for them.
         rotation: rotates the residual stream of the model, of both streams alike; None: no rotation.
+        streams: where the hidden states between blocks are kept.
+        team: the processes that share the run; each holds the streams of its own rows of every batch.
     """
 
     skeleton: Skeleton
@@ -67,6 +91,8 @@ class Engine:
     sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
     samples: Mapping[str, Samples] = field(default_factory=dict)
     rotation: Rotation | None = None
+    streams: Streams = field(default_factory=Streams)
+    team: Team = field(default_factory=Team)
 
     @property
     def storage(self) -> torch.dtype:
@@ -79,24 +105,25 @@ class Engine:
         emit: Callable[[Block], None],
         listener: Listener,
         notes: dict[str, object] | None = None,
+        keeper: Keeper | None = None,
     ) -> tuple[list[BlockReport], CheckSample]:
         """Walk over all blocks.
 
         Args:
-            batches: calibration tokens, (batch, tokens) int64 each.
+            batches: calibration tokens, (batch, tokens) int64 each; this process's rows of them.
             emit: receives every finished block while it is still in memory.
             listener: told about progress.
             notes: receives what the passes over the whole model note.
+            keeper: keeps what is finished, and has what an earlier process finished; None: nobody does.
 
         Returns:
-            One report per block, and logits of the finished model on the first sequences.
+            One report per block, and logits of the finished model on this process's first sequences.
         """
+        actual = self.streams.new(self.storage)
         with self.outer_weights():
-            recording = record(self.skeleton, batches, self.device)
-        actual = [hidden.to(self.storage) for hidden in recording.hidden]
-        recording.hidden.clear()  # the streams move on; what they were need not stay in memory
+            recording = record(self.skeleton, batches, self.device, actual)
         whole = [step for step in self.passes if not step.blocks_at_once]
-        start = list(actual) if whole else []
+        start = actual.copy() if whole else actual[:0]
         plain = actual[: -(-CHECK_SEQUENCES // batches[0].shape[0])]  # batches that hold that many sequences
         walk = Walk(
             self.load,
@@ -105,23 +132,11 @@ class Engine:
             actual,
             plain,
             device=self.device,
-            storage=self.storage,
             seed=self.seed,
             listener=listener,
+            team=self.team,
         )
-        reports, finished = [], []
-        for index in range(len(self.skeleton.blocks)):
-            block, report = walk.advance(index)
-            reports.append(report)
-            if whole:
-                _drop_dense(block)
-                finished.append(block)
-            else:
-                emit(block)
-            del block
-            release_freed()
-            listener.block(report)
-            listener.progress(index + 1, len(self.skeleton.blocks))
+        reports, finished = self._finish_blocks(walk, emit, listener, keeper, whole=bool(whole))
         if whole:
             window = walk.whole(finished, start)
             listener.stage("distilling")
@@ -130,12 +145,41 @@ class Engine:
             plain = start[: len(plain)]
             for place, block in enumerate(finished):  # one block's weights at a time
                 weights = dense(block.sites)
-                plain = [
-                    window.step(place, n, h.to(self.device), weights).to(self.storage) for n, h in enumerate(plain)
-                ]
+                for batch, hidden in enumerate(plain):
+                    plain[batch] = window.step(place, batch, hidden.to(self.device), weights)
             for block in finished:
                 emit(block)
         return reports, self._check_sample(batches, plain)
+
+    def _finish_blocks(
+        self, walk: Walk, emit: Callable[[Block], None], listener: Listener, keeper: Keeper | None, *, whole: bool
+    ) -> tuple[list[BlockReport], list[Block]]:
+        """Finish one block after the other; return their reports, and for passes over the whole model the blocks."""
+        reports, blocks = [], []
+        before, total = keeper.finished if keeper else 0, len(self.skeleton.blocks)
+        if before:
+            listener.stage("catching up")
+        for index in range(total):
+            if keeper and index < before:
+                block, report = walk.replay(index, keeper.restore)
+            else:
+                if keeper and index == before > 0:
+                    listener.stage("calibrating")
+                    walk.reopen(index, keeper.reopen)
+                block, report = walk.advance(index)
+                if not whole:
+                    emit(block)
+                listener.block(report)
+            if keeper:
+                keeper.keep(block, report, walk)
+            reports.append(report)
+            if whole:
+                _drop_dense(block)
+                blocks.append(block)
+            del block
+            release_freed()
+            listener.progress(index + 1, total)
+        return reports, blocks
 
     def _apply_to_whole(self, passes: Sequence[Pass], window: Window, batches: Sequence[Tensor]) -> None:
         """Apply the passes that need the model from end to end."""
@@ -144,6 +188,7 @@ class Engine:
             window.head = lambda batch, row, hidden: head(batches[batch][row : row + 1], hidden)
             for step in passes:
                 step.apply(window)
+        unite(self.team, window.blocks, sliding=False)
         window.head = None
 
     @contextmanager
@@ -213,7 +258,10 @@ class Engine:
         hidden = torch.cat([batch[:, :CHECK_TOKENS] for batch in plain])[:CHECK_SEQUENCES].float()
         with self.outer_weights():
             # one sequence at a time: a large vocabulary makes logits the largest tensor of the whole run
-            logits = [finish(self.skeleton, tokens[i : i + 1], hidden[i : i + 1]).cpu() for i in range(len(tokens))]
+            logits = [
+                finish(self.skeleton, tokens[i : i + 1], hidden[i : i + 1].to(self.device)).cpu()
+                for i in range(len(tokens))
+            ]
         return CheckSample(tokens=tokens, logits=torch.cat(logits))
 
 

@@ -8,6 +8,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from quantkit.calibrate.streams import Streams
+from quantkit.calibrate.team import Team
 from quantkit.errors import UsageError
 from quantkit.model.block import Arguments, Block, Site
 
@@ -32,7 +34,7 @@ class Window:
     Attributes:
         blocks: the blocks, their weights in float32.
         inputs: the actual stream, what the quantized blocks before this window produce; one tensor
-            (batch, tokens, width) per batch.
+            (batch, tokens, width) per batch, on the host wherever the blocks are.
         references: per block of the window, the reference stream after it, what the original model produces there;
             per batch as `inputs`.
         arguments: per batch, per block of the window, the other arguments of the block.
@@ -40,7 +42,9 @@ class Window:
         fresh: how many blocks at the end of the window were not in the one before.
         error_rtn: the window's error with plain round-to-nearest weights, the bar for every method.
         seed: seed of everything random.
+        team: the processes that share the run; each holds its own rows of every batch.
         amp: compute matrix products in bfloat16 on a CPU too, as a pass may want while it trains.
+        streams: where a pass keeps what it computes for all batches.
         head: for a window of the whole model (batch, row, hidden (1, tokens, width)) → logits (1, tokens, vocabulary)
             float32 of the row's sequence; gradients flow to `hidden`.
         notes: what a pass wants to see in the report, one value per name.
@@ -55,10 +59,17 @@ class Window:
     fresh: int = 1
     error_rtn: float = 0.0
     seed: int = 0
+    team: Team = field(default_factory=Team)
     amp: bool = False
+    streams: Streams = field(default_factory=Streams)
     head: Callable[[int, int, Tensor], Tensor] | None = None
     notes: dict[str, object] = field(default_factory=dict)
     tick: Callable[[float], None] = lambda share: None  # noqa: ARG005
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in a batch, over all processes."""
+        return len(self.inputs[0]) * self.team.size
 
     @property
     def targets(self) -> Sequence[Tensor]:
@@ -121,6 +132,7 @@ class Window:
             norm += float(target.square().sum(dtype=torch.float64))
             if keep is not None:
                 keep(batch, output)
+        error, norm = self.team.total(error, norm)
         return error / max(norm, 1e-30)
 
 

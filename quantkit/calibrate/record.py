@@ -5,7 +5,7 @@ computed in the blocks, no exception stops the model, and blocks that are called
 (Gemma's sliding and full attention masks) each keep their own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,25 +26,32 @@ class Recording:
 
     Attributes:
         hidden: per batch the hidden states before block 0, (batch, tokens, width).
-        arguments: per batch, per block, the other arguments; equal tensors are stored once.
+        arguments: per batch, per block, the other arguments; what is equal is stored once.
     """
 
-    hidden: list[Tensor]
+    hidden: MutableSequence[Tensor]
     arguments: list[list[Arguments]]
 
 
 @torch.no_grad()
-def record(skeleton: Skeleton, batches: Sequence[Tensor], device: torch.device) -> Recording:
+def record(
+    skeleton: Skeleton,
+    batches: Sequence[Tensor],
+    device: torch.device,
+    hidden: MutableSequence[Tensor] | None = None,
+) -> Recording:
     """Run the skeleton, whose outer weights are loaded, on token batches (batch, tokens) int64.
+
+    Hidden states are appended to `hidden`, which keeps them; None: to a list.
 
     Raises:
         ModelError: the model does more between its blocks than to hand one's output to the next.
     """
     returns_tuple = _blocks_return_tuple(skeleton, device)
-    recording = Recording([], [])
-    shared: list[Tensor] = []
+    recording = Recording([] if hidden is None else hidden, [])
+    known = _Known()
     for tokens in batches:
-        chain = _Chain(shared)
+        chain = _Chain(known)
         with _observed(skeleton.blocks, chain.note, returns_tuple=returns_tuple):
             skeleton.model.base_model(input_ids=tokens.to(device), use_cache=False)
         if chain.broken or chain.hidden is None or len(chain.arguments) != len(skeleton.blocks):
@@ -57,8 +64,8 @@ def record(skeleton: Skeleton, batches: Sequence[Tensor], device: torch.device) 
 class _Chain:
     """What reaches the blocks in one run, and whether they follow each other without anything in between."""
 
-    def __init__(self, shared: list[Tensor]) -> None:
-        self.shared = shared
+    def __init__(self, known: "_Known") -> None:
+        self.known = known
         self.hidden: Tensor | None = None
         self.arguments: list[Arguments] = []
         self.broken = False
@@ -67,7 +74,7 @@ class _Chain:
         if self.hidden is None:
             self.hidden = hidden.clone()
         self.broken |= index != len(self.arguments) or not torch.equal(hidden, self.hidden)
-        self.arguments.append(Arguments(_share(arguments.args, self.shared), _share(arguments.kwargs, self.shared)))
+        self.arguments.append(self.known.share(arguments))
         return hidden
 
 
@@ -137,20 +144,43 @@ def _not_one_at_a_time(skeleton: Skeleton) -> ModelError:
     )
 
 
-def _share(value: Any, shared: list[Tensor]) -> Any:  # noqa: ANN401  a tree of whatever the model passes
-    """Return `value` with every tensor replaced by an equal one that was seen before, if there is one.
+class _Known:
+    """The arguments that were seen before.
 
     Masks and rotary tables are the same for every batch and most blocks; stored once they cost nothing.
     """
-    if isinstance(value, Tensor):
-        for known in shared:
-            same_kind = known.shape == value.shape and known.dtype == value.dtype
-            if known is value or (same_kind and known.equal(value)):
-                return known
-        shared.append(value)
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.arguments: dict[object, Arguments] = {}
+
+    def share(self, arguments: Arguments) -> Arguments:
+        """Return arguments of the same values in which every tensor that equals an earlier one is that one."""
+        args, kwargs = self._share(arguments.args), self._share(arguments.kwargs)
+        return self.arguments.setdefault((_identity(args), _identity(kwargs)), Arguments(args, kwargs))
+
+    def _share(self, value: Any) -> Any:  # noqa: ANN401  a tree of whatever the model passes
+        if isinstance(value, Tensor):
+            return self._known(value)
+        if isinstance(value, dict):
+            return {key: self._share(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return tuple(self._share(item) for item in value)
         return value
+
+    def _known(self, tensor: Tensor) -> Tensor:
+        for known in self.tensors:
+            same_kind = known.shape == tensor.shape and known.dtype == tensor.dtype
+            if known is tensor or (same_kind and known.equal(tensor)):
+                return known
+        self.tensors.append(tensor)
+        return tensor
+
+
+def _identity(value: Any) -> object:  # noqa: ANN401  a tree of whatever the model passes
+    """Return what is equal for trees of the same values; tensors and other objects are equal to themselves alone."""
     if isinstance(value, dict):
-        return {key: _share(item, shared) for key, item in value.items()}
+        return tuple((key, _identity(item)) for key, item in value.items())
     if isinstance(value, tuple):
-        return tuple(_share(item, shared) for item in value)
-    return value
+        return tuple(_identity(item) for item in value)
+    return (type(value), value) if isinstance(value, bool | int | float | str | None) else id(value)

@@ -1,14 +1,17 @@
 """Sums over the calibration tokens that reach the linears, kept once for all linears that share an input."""
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import count
 from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.calibrate.passes import Window
+from quantkit.calibrate.team import Team
 from quantkit.model.block import Site
 
 
@@ -17,6 +20,9 @@ class Statistic(Protocol):
 
     def add(self, inputs: Tensor) -> None:
         """Take in `inputs`, (tokens, in) float32."""
+
+    def merge(self, team: Team, inputs: Tensor) -> None:
+        """Add what the other processes took in; `inputs`, (0, in), says of what size and where."""
 
 
 S = TypeVar("S", bound=Statistic)
@@ -35,6 +41,13 @@ class Hessian:
         """Add 2 x x^T of every token x."""
         self.total = self.total.to(inputs) + 2 * inputs.T @ inputs
         self.tokens += len(inputs)
+
+    def merge(self, team: Team, inputs: Tensor) -> None:
+        """Add the sums of the other processes."""
+        if not self.tokens:
+            self.total = inputs.T @ inputs
+        team.sum(self.total)
+        self.tokens = int(team.total(self.tokens)[0])
 
     @property
     def value(self) -> Tensor:
@@ -56,6 +69,18 @@ class Range:
         self.high = torch.maximum(self.high, high) if self.tokens else high
         self.magnitude = self.magnitude.to(inputs) + inputs.abs().sum(dim=0)
         self.tokens += len(inputs)
+
+    def merge(self, team: Team, inputs: Tensor) -> None:
+        """Widen the range to hold what the other processes saw."""
+        if not self.tokens:
+            zeros = inputs.sum(dim=0)
+            self.low, self.high, self.magnitude = zeros + torch.inf, zeros - torch.inf, zeros
+        team.minimum(self.low)
+        team.maximum(self.high)
+        team.sum(self.magnitude)
+        self.tokens = int(team.total(self.tokens)[0])
+        if not self.tokens:  # nobody saw anything
+            self.low = self.high = self.magnitude = torch.zeros(())
 
     @property
     def largest(self) -> Tensor:
@@ -117,7 +142,17 @@ def input_statistics(
     with _Listening(heard):
         for batch in range(len(window.inputs)):
             window.forward(batch, parameters)
+    if not window.team.alone:
+        for linear, statistic in heard.items():
+            statistic.merge(window.team, _no_inputs(linear))
     return of_site
+
+
+def _no_inputs(linear: nn.Module) -> Tensor:
+    """Return no inputs of a linear, (0, in) float32."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.new_zeros(0, weight.shape[isinstance(linear, nn.Linear)])
 
 
 def groups_in_order(window: Window) -> list[list[Site]]:
@@ -126,22 +161,28 @@ def groups_in_order(window: Window) -> list[list[Site]]:
     The order of a module's children is not that order in every family (Phi-3 lists `o_proj` before `qkv_proj`), so the
     first batch is run and watched. Linears that it does not reach come last.
     """
-    heard: list[_Turn] = []
+    clock = count()
     first = replace(window, inputs=window.inputs[:1])
-    turns = input_statistics(first, lambda: _Turn(heard))
+    turns = input_statistics(first, lambda: _Turn(clock))
     groups: dict[_Turn, list[Site]] = defaultdict(list)
     for site in window.sites:
         groups[turns[site.name]].append(site)
-    return [groups.pop(turn) for turn in heard] + list(groups.values())
+    return [groups[turn] for turn in sorted(groups, key=lambda turn: turn.place)]
 
 
 class _Turn:
-    """Enters itself in `heard` when the first input arrives."""
+    """Takes its place when the first input arrives; after all others until then."""
 
-    def __init__(self, heard: list["_Turn"]) -> None:
-        self.heard = heard
+    def __init__(self, clock: Iterator[int]) -> None:
+        self.clock, self.place = clock, math.inf
 
     def add(self, inputs: Tensor) -> None:  # noqa: ARG002  that some came is enough
-        """Take the next turn, once."""
-        if self not in self.heard:
-            self.heard.append(self)
+        """Take the next place, once."""
+        if self.place == math.inf:
+            self.place = next(self.clock)
+
+    def merge(self, team: Team, inputs: Tensor) -> None:
+        """Take the first place that a process saw: what comes before it in every process still does."""
+        place = inputs.new_full((1,), self.place)
+        team.minimum(place)
+        self.place = float(place)

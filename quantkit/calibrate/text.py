@@ -1,9 +1,8 @@
 """Text for calibration and evaluation: local files, and named mixes from `calibration/*.toml`."""
 
-import json
 import os
+import re
 import socket
-import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -11,11 +10,16 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+import psutil
+
 from quantkit.errors import DataError, NetworkError, UsageError, nearest
 from quantkit.resources import data_dir
+from quantkit.untrusted import parse_json, parse_toml, read_document
 
 SELF = "self"  # the name of text that is not read but written by the model, see self_text.py
 SELF_DESCRIPTION = "text that the model itself writes, token by token; for models that fit into memory; works offline"
+MOST_WEIGHT = 1e100  # beyond it, sums of weights are no numbers any more
+_DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 MOST_DOCUMENTS = 20_000  # read from one Hub source: far more than any calibration needs, far less than C4
 WAYS_OUT = "use --calibration embedded or self, a local text, .jsonl or .parquet file, or set HF_ENDPOINT to a mirror"
 
@@ -54,8 +58,16 @@ class Source:
     def __post_init__(self) -> None:
         if (self.file is None) == (self.dataset is None):
             raise ValueError("a source has either `file` or `dataset`")
-        if not self.weight > 0:
-            raise ValueError(f"weight must be positive, not {self.weight}")
+        if not 0 < self.weight < MOST_WEIGHT:
+            raise ValueError(f"weight must be a positive number, not {self.weight}")
+        if self.dataset is not None and not _DATASET.fullmatch(self.dataset):
+            raise ValueError(f"dataset must be the name of one on the Hub, not {self.dataset!r}")
+        if self.data_files is not None and not _is_relative(self.data_files):
+            raise ValueError(f"data_files must be files of the data set, not {self.data_files!r}")
+        if not all(isinstance(each, str) for each in (self.split, self.column, self.join)):
+            raise ValueError("split, column and join must be strings")
+        if not isinstance(self.stream, bool):
+            raise ValueError(f"stream must be true or false, not {self.stream!r}")
 
     def read(self) -> Corpus:
         """Return the text of this source.
@@ -111,7 +123,7 @@ class Mix:
             UsageError: it is not TOML, or a key is missing, unknown or of the wrong kind.
         """
         try:
-            facts = tomllib.loads(path.read_text(encoding="utf-8"))
+            facts = parse_toml(read_document(path))
             sources = tuple(_source(entry, path.parent) for entry in facts["sources"])
             if not sources:
                 raise ValueError("no sources")
@@ -154,6 +166,8 @@ def read_file(path: Path) -> Corpus:
     """
     if not path.is_file():
         raise DataError(f"there is no text file {path}")
+    if (size := path.stat().st_size) > psutil.virtual_memory().available:
+        raise DataError(f"{path} has {size / 1e9:.0f} GB, more than fits into memory; give a part of it")
     try:
         if path.suffix == ".jsonl":
             corpus = Corpus(documents=tuple(_json_lines(path)))
@@ -174,7 +188,7 @@ def _json_lines(path: Path) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             text = row["text"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f'line {number} of {path} is not of the form {{"text": "…"}}') from error
@@ -201,7 +215,23 @@ def _checked(text: object, where: str) -> str:
 
 def _source(entry: dict[str, Any], directory: Path) -> Source:
     file = entry.pop("file", None)
-    return Source(file=None if file is None else directory / file, **entry)
+    return Source(file=None if file is None else _beside(directory, file), **entry)
+
+
+def _beside(directory: Path, file: str) -> Path:
+    """Return a file that a mix names; a mix from somewhere must not be able to read the user's other files.
+
+    Raises:
+        ValueError: it leads out of the directory of the mix, by itself or through links.
+    """
+    path = directory / file
+    if not (_is_relative(file) and Path(os.path.realpath(path)).is_relative_to(directory.resolve())):
+        raise ValueError(f"{file!r} leads out of its directory; put the text, or a copy of it, beside the mix")
+    return path
+
+
+def _is_relative(name: str) -> bool:
+    return not (Path(name).is_absolute() or ".." in Path(name).parts or "://" in name)
 
 
 def _require_hub(purpose: str) -> None:

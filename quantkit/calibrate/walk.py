@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.passes import Pass, Phase, Window
+from quantkit.calibrate.streams import Stream
+from quantkit.calibrate.team import Team, unite
 from quantkit.core.affine import round_to_nearest
 from quantkit.model.block import Arguments, Block, Site
 
@@ -26,12 +28,14 @@ class BlockReport:
             where a pass prunes; where no pass rounds the same as `error`.
         error: the same with the weights that were kept.
         notes: what the passes noted.
+        pruned: how many weights of each linear were dropped, by full module name.
     """
 
     index: int
     error_rtn: float
     error: float
     notes: Mapping[str, object] = field(default_factory=dict)
+    pruned: Mapping[str, int] = field(default_factory=dict)
 
 
 class Listener(Protocol):
@@ -61,13 +65,13 @@ class Walk:
         load: Callable[[int], Block],
         passes: Sequence[Pass],
         arguments: Sequence[Sequence[Arguments]],
-        actual: list[Tensor],
-        plain: list[Tensor],
+        actual: Stream,
+        plain: Stream,
         *,
         device: torch.device,
-        storage: torch.dtype,
         seed: int,
         listener: Listener,
+        team: Team,
     ) -> None:
         """Begin before the first block.
 
@@ -78,20 +82,21 @@ class Walk:
             actual: the hidden states before block 0; advanced in place.
             plain: its head, for the check sample; advanced in place.
             device: where blocks are computed.
-            storage: dtype of the streams.
             seed: seed of everything random.
             listener: told about progress.
+            team: the processes that share the run.
         """
         self.load, self.passes, self.arguments = load, passes, arguments
         self.actual, self.plain = actual, plain
-        self.device, self.storage, self.seed, self.listener = device, storage, seed, listener
+        self.device, self.seed, self.listener = device, seed, listener
+        self.team = team
         self.total = len(arguments[0])
         self.rounds = any(step.phase is Phase.ROUND for step in passes)
         self.span = min(self.total, max(step.blocks_at_once for step in passes))
         self.blocks: list[Block] = []
-        self.references: list[list[Tensor]] = []
+        self.references: list[Stream] = []
         self.notes: Mapping[str, object] = {}  # those of the last window; they hold for all that was decided there
-        self.last = list(actual)  # the reference stream after the last block that was loaded; both begin as one
+        self.last = actual.copy()  # the reference stream after the last block that was loaded; both begin as one
 
     def advance(self, index: int) -> tuple[Block, BlockReport]:
         """Finish block `index`, the first of the window, and let the window slide behind it."""
@@ -99,22 +104,22 @@ class Walk:
         while len(self.blocks) < min(self.span, self.total - index):
             self._take_in(index + len(self.blocks))
             fresh += 1
-        pruned = self._prune(index, fresh) if fresh else {}
+        told = self._prune(index, fresh) if fresh else {}
         block, alone = self.blocks[0], self._window(index, count=1)
         error_rtn = alone.error(rounded_to_nearest(block.sites)) if self.rounds else 0.0
         if fresh:
-            self.notes = {**pruned, **self._optimise(index, fresh, error_rtn)}
-        for site in block.sites:
-            finish_site(site, block, rounded=self.rounds)
+            self.notes = {**told, **self._optimise(index, fresh, error_rtn)}
+        self._finish(block)
 
         def keep(batch: int, output: Tensor) -> None:
-            self.actual[batch] = output.to(self.storage)
+            self.actual[batch] = output
 
         error = alone.error(keep=keep)
         self._advance_plain(alone)
         del self.blocks[0], self.references[0]
         bar = error_rtn if self.rounds else error
-        return block, BlockReport(index=index, error_rtn=bar, error=error, notes=self.notes)
+        pruned = {site.name: int((~site.mask).sum()) for site in block.sites if site.mask is not None}
+        return block, BlockReport(index=index, error_rtn=bar, error=error, notes=self.notes, pruned=pruned)
 
     def _prune(self, index: int, fresh: int) -> dict[str, object]:
         """Apply the passes that prune to the window, before anything is measured of rounding; return their notes."""
@@ -122,15 +127,47 @@ class Walk:
         for step in self.passes:
             if step.phase <= Phase.PRUNE:
                 step.apply(window)
+        unite(self.team, window.blocks, sliding=True)
         return window.notes
+
+    def _finish(self, block: Block) -> None:
+        for site in block.sites:
+            finish_site(site, block, rounded=self.rounds)
+
+    @torch.no_grad()
+    def replay(self, index: int, restore: Callable[[Block], BlockReport]) -> tuple[Block, BlockReport]:
+        """Go past block `index`, which an earlier process finished, by the same operations, so that bytes are the same.
+
+        `restore` gives the block what was decided about it.
+        """
+        self._take_in(index)
+        (block,) = self.blocks
+        report = restore(block)
+        self._finish(block)
+        alone = self._window(index, count=1)
+        for batch in range(len(self.actual)):
+            self.actual[batch] = alone.forward(batch, student=True)
+        self._advance_plain(alone)
+        self.blocks.clear()
+        self.references.clear()
+        return block, report
+
+    def reopen(self, index: int, restore: Callable[[Sequence[Block]], Mapping[str, object]]) -> None:
+        """Take in what was in the window when block `index` was the next to be finished.
+
+        `restore` gives the blocks what was decided about them so far, and returns the notes of that window.
+        """
+        while len(self.blocks) < min(self.span - 1, self.total - index):
+            self._take_in(index + len(self.blocks))
+        if self.blocks:
+            self.notes = restore(self.blocks)
 
     @torch.no_grad()
     def _advance_plain(self, window: Window) -> None:
         """Advance the stream of the check sample: the actual one, but for quantized activations."""
         separate = any(site.scheme.quantizes_activations for site in window.sites)
         for batch, hidden in enumerate(self.plain):
-            output = window.forward(batch, hidden=hidden) if separate else self.actual[batch]
-            self.plain[batch] = output.to(self.storage)
+            self.plain[batch] = window.forward(batch, hidden=hidden) if separate else self.actual[batch]
 
     def _optimise(self, index: int, fresh: int, error_rtn: float) -> Mapping[str, object]:
         """Apply the passes to the window; `error_rtn` is that of its first block."""
@@ -140,6 +177,7 @@ class Walk:
         for step in self.passes:
             if step.phase > Phase.PRUNE:
                 step.apply(window)
+        unite(self.team, window.blocks, sliding=self.span > 1)
         return window.notes
 
     def whole(self, blocks: Sequence[Block], start: Sequence[Tensor]) -> Window:
@@ -152,6 +190,8 @@ class Walk:
             device=self.device,
             fresh=0,
             seed=self.seed,
+            streams=self.actual.streams,
+            team=self.team,
             tick=lambda share: self.listener.progress(self.total * share, self.total),
         )
 
@@ -160,12 +200,12 @@ class Walk:
         """Load a block behind the window and advance the reference stream through it."""
         self.blocks.append(self.load(index))
         if self.references:  # an earlier block of the window still needs the stream that is left behind
-            self.last = list(self.last)
+            self.last = self.last.copy()
         self.references.append(self.last)
         place = len(self.blocks) - 1
         alone = self._window(index, count=1, first=place)
         for batch, hidden in enumerate(self.last):
-            self.last[batch] = alone.forward(batch, hidden=hidden).to(self.storage)
+            self.last[batch] = alone.forward(batch, hidden=hidden)
 
     def _window(self, index: int, *, count: int, first: int = 0, fresh: int = 0) -> Window:
         return Window(
@@ -176,6 +216,8 @@ class Walk:
             device=self.device,
             fresh=fresh,
             seed=self.seed,
+            streams=self.actual.streams,
+            team=self.team,
             tick=lambda share: self.listener.progress(index + share, self.total),
         )
 

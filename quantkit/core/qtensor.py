@@ -1,5 +1,6 @@
 """The result of quantizing one weight matrix."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,16 @@ class QuantizedTensor:
             raise ValueError(f"zero_point is {self.zero_point} but the scheme is {self.scheme}")
         if self.codes.shape[1] % self.scale.shape[1]:
             raise ValueError(f"{self.scale.shape[1]} groups do not divide {self.codes.shape[1]} input features")
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> "QuantizedTensor":
+        """Return what `tensors` was made of."""
+        return cls(codes=tensors["codes"], scale=tensors["scale"], zero_point=tensors.get("zero_point"), scheme=scheme)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that there are, by the names of their fields."""
+        found = {"codes": self.codes, "scale": self.scale, "zero_point": self.zero_point}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def dequantize(self) -> Float[Tensor, "out in"]:
         """Return (codes - zero_point) * scale, rounded once to the scale's dtype, as every runtime computes it.

@@ -1,7 +1,5 @@
 """The documents of an output, read with suspicion: what is missing or malformed becomes a fault."""
 
-import json
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,6 +13,7 @@ from quantkit.errors import UsageError
 from quantkit.evaluation.manifest import CHECK, DENSE, RECIPE, REPORT, recorded_logits
 from quantkit.exporters.compressed_tensors import schemes_of
 from quantkit.model.checkpoint import INDEX
+from quantkit.untrusted import parse_json, parse_toml, read_document
 
 T = TypeVar("T")
 MOST_LINES = 3  # faults of one kind that are told one by one
@@ -52,7 +51,7 @@ class Report:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read report.json."""
-        table = json.loads(text)
+        table = parse_json(text)
         groups = table["allocation"]["groups"] if "allocation" in table else []
         schemes = {str(n): str(QuantScheme.parse(group["scheme"])) for group in groups for n in group["linears"]}
         return cls(
@@ -84,7 +83,7 @@ class Sample:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read check.json."""
-        document = json.loads(text)
+        document = parse_json(text)
         tokens, ids, logits = recorded_logits(document)
         spread = float(document["spread"])
         if not (logits.isfinite().all() and 0 < spread < float("inf")):
@@ -102,7 +101,7 @@ class Quantization:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read config.json."""
-        config = json.loads(text)["quantization_config"]
+        config = parse_json(text)["quantization_config"]
         schemes = schemes_of(config)
         if not schemes:
             raise ValueError("it names no scheme")
@@ -172,7 +171,7 @@ def at_most(lines: Iterable[str]) -> list[str]:
 
 def _read(path: Path, parse: Callable[[str], T], faults: list[str]) -> T | None:
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return parse(read_document(path))
     except FileNotFoundError:
         faults.append(f"{path.name} is missing")
     except OSError as error:
@@ -185,7 +184,7 @@ def _read(path: Path, parse: Callable[[str], T], faults: list[str]) -> T | None:
 
 def _recipe_scheme(text: str) -> str | None:
     """Return the scheme of a recipe, None if it leaves the choice to a measurement."""
-    table: dict[str, Any] = tomllib.loads(text)
+    table: dict[str, Any] = parse_toml(text)
     if not isinstance(table["model"], str):
         raise ValueError("`model` is not a string")
     return None if "target_bpw" in table or table.get("dense") else str(QuantScheme(**table.get("scheme", {})))
@@ -193,9 +192,9 @@ def _recipe_scheme(text: str) -> str | None:
 
 def _no_quantization(text: str) -> None:
     """Refuse a config.json that says how weights are packed, of a run that packed none."""
-    if "quantization_config" in json.loads(text):
+    if "quantization_config" in parse_json(text):
         raise ValueError(f"it has a quantization_config, but {REPORT} says that the weights are {DENSE}")
 
 
 def _weight_map(text: str) -> dict[str, str]:
-    return {str(name): str(file) for name, file in json.loads(text)["weight_map"].items()}
+    return {str(name): str(file) for name, file in parse_json(text)["weight_map"].items()}

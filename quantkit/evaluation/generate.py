@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from quantkit.errors import UsageError
+from quantkit.errors import ModelError, UsageError
 from quantkit.evaluation.loading import Model, Tokenizer, context_length, quiet
 
 
@@ -38,13 +38,18 @@ def generate(
     tokens = torch.tensor([ids], device=model.device)
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        output = model.generate(  # type: ignore[operator]
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=min(max_new_tokens, context - len(ids)) if context else max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id,  # nothing is padded, but without it transformers warns
-            **sampling,
-        )
+        try:
+            output = model.generate(  # type: ignore[operator]
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=min(max_new_tokens, context - len(ids)) if context else max_new_tokens,
+                pad_token_id=tokenizer.eos_token_id,  # nothing is padded, but without it transformers warns
+                **sampling,
+            )
+        except (ValueError, TypeError, IndexError, AttributeError) as error:  # settings that do not fit, or no numbers
+            raise ModelError(
+                f"the model cannot go on with the prompt as its generation_config.json says: {error}"
+            ) from error
     return _text(tokenizer, ids, output[0, len(ids) :].tolist())
 
 

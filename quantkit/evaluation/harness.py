@@ -27,11 +27,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from quantkit.calibrate.team import Team, together
 from quantkit.errors import DataError, NetworkError, UsageError, nearest
 from quantkit.evaluation.loading import Model, Tokenizer, quiet
 from quantkit.evaluation.perplexity import BATCH_TOKENS
 from quantkit.evaluation.runtimes import load_with
 from quantkit.evaluation.scores import Score, TaskScores
+from quantkit.evaluation.shares import in_order, refuse_few, same_prompts
 from quantkit.runtime import DEFAULT_RUNTIME
 
 RESAMPLES = 1000
@@ -60,9 +62,12 @@ class QuantkitLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         device: str | None = None,
         batch_size: int | str = 1,
         progress: Progress | None = None,
+        team: Team | None = None,
         **options: Any,  # noqa: ANN401
     ) -> None:
         """Load `pretrained` unless it is a model already; `progress` is told (requests answered, requests in all).
+
+        Of the processes of a `team` each answers its own share; None: those that this one has joined.
 
         Raises:
             UsageError: an option that would have no effect, or an unknown runtime.
@@ -72,12 +77,28 @@ class QuantkitLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             if name not in _PASSED_ON:
                 known = (*_PASSED_ON, "runtime", "revision", "pretrained")
                 raise UsageError(f"the model quantkit has no argument {name!r}{nearest(name, known)}")
+        self.team = team or Team.current()
         if isinstance(pretrained, str):
-            place = None if device == _SHELL_DEVICE else device
+            place = self.team.device(None if device == _SHELL_DEVICE else device)
             pretrained, tokenizer = load_with(runtime, pretrained, revision=revision, device=place)
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size, **options)
+        self._rank, self._world_size = self.team.rank, self.team.size
         self._progress = progress
         self._at_once = 1
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return how many requests each process has: as many as this one, so that none is asked more than its share."""
+        return tensor.expand(self.team.size)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:  # noqa: ANN401
+        """Return what the processes found, in their order; None but for process `dst`."""
+        with together():
+            found: list[Any] | None = super().gather_object(obj, dst)
+        return found
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        self.team.wait()
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:  # noqa: ANN401
         """Answer requests for the likelihood of a continuation."""
@@ -169,25 +190,38 @@ def run(  # noqa: PLR0913
     batch_size: int | str = "auto",
     bos: bool = False,
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> TaskScores:
     """Return what `model` scores in `tasks`, the first `limit` documents of each; the tasks can be run again.
 
     `batch_size` auto means `BATCH_TOKENS` tokens on a CPU; on a GPU lm-eval tries what fits. With `bos` the tokenizer's
-    BOS stands before every prompt, whether or not the tokenizer puts it there itself.
+    BOS stands before every prompt, whether or not the tokenizer puts it there itself. The processes of a `team` share
+    the documents; the first gets the scores, the others get none.
 
     Raises:
-        UsageError: prompts that do not fit into the model's context.
+        UsageError: prompts that do not fit into the model's context, or fewer documents than processes.
     """
-    told = _aloud(progress)
+    told, team = _aloud(progress), team or Team()
     with _tidy() as warnings:
-        for task in tasks["tasks"].values():
+        for name, task in tasks["tasks"].items():
+            refuse_few(name, min(len(task.eval_docs), limit or sys.maxsize), team)
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # every model is shown the same examples
-        judged = QuantkitLM(model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bos or None, progress=told)
+        judged = QuantkitLM(
+            model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            add_bos_token=bos or None,
+            progress=told,
+            team=team,
+        )
         try:
-            found = evaluate(judged, tasks, limit=limit, bootstrap_iters=RESAMPLES)
+            with same_prompts(tasks["tasks"].values()):
+                found = evaluate(judged, tasks, limit=limit, bootstrap_iters=RESAMPLES)
         except AssertionError as error:
             reason = str(error) or f"an answer is longer than the model's context of {judged.max_length} tokens"
             raise UsageError(f"the tasks do not fit the model: {reason}") from error
+    if found is None:  # another process has them all
+        return TaskScores(scores=())
     return TaskScores(scores=tuple(_scores(found)), notes=tuple(_notes(warnings, judged.max_length)))
 
 
@@ -334,7 +368,7 @@ def _scores(found: Mapping[str, Any]) -> Iterator[Score]:
                 higher_is_better=found["higher_is_better"].get(name, {}).get(metric),
                 samples=int(metrics["sample_len"]),
                 num_fewshot=found["n-shot"].get(name),
-                right=_right(found["samples"].get(name, []), metric, filter_),
+                right=_right(in_order(found["samples"].get(name, [])), metric, filter_),
             )
 
 

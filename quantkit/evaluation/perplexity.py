@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quantkit.calibrate.team import Team
 from quantkit.evaluation.loading import Model, quiet
 
 BATCH_TOKENS = 1024  # how many tokens run at once, at least one window
@@ -35,22 +36,26 @@ class Perplexity:
 
 @torch.no_grad()
 @quiet()
-def perplexity(model: Model, windows: Tensor, progress: Callable[[int, int], None] | None = None) -> Perplexity:
+def perplexity(
+    model: Model, windows: Tensor, progress: Callable[[int, int], None] | None = None, team: Team | None = None
+) -> Perplexity:
     """Return the perplexity of `model` on `windows`, (windows, seqlen) int64, seqlen at least 2.
 
     Every token of a window but its first is predicted from the tokens before it in the same window.
-    `progress` is told (windows done, windows in all).
+    `progress` is told (windows done, windows in all). Of several processes each takes every so-many-th batch.
     """
-    loss, tokens, done = 0.0, 0, 0
-    for batch in batches(windows):
+    team = team or Team()
+    loss, tokens, done = 0.0, 0.0, 0
+    for batch in list(batches(windows))[team.rank :: team.size]:
         logits = model(batch.to(model.device), use_cache=False).logits
         for predicted, target in chunks(logits, batch):
             loss += F.cross_entropy(predicted, target, reduction="sum").item()
             tokens += len(target)
         done += len(batch)
         if progress:
-            progress(done, len(windows))
-    return Perplexity(perplexity=exp(loss / tokens), loss=loss / tokens, tokens=tokens, windows=len(windows))
+            progress(min(done * team.size, len(windows)), len(windows))
+    loss, tokens = team.total(loss, tokens)
+    return Perplexity(perplexity=exp(loss / tokens), loss=loss / tokens, tokens=int(tokens), windows=len(windows))
 
 
 def batches(windows: Tensor) -> Iterator[Tensor]:

@@ -1,6 +1,5 @@
 """The shards of an output against its index and its manifest: every tensor once, whole, as promised."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from quantkit.errors import ModelError
 from quantkit.evaluation.documents import Report, at_most
 from quantkit.model.checkpoint import INDEX, TensorInfo, read_header
+from quantkit.model.integrity import sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +130,8 @@ def _different(shards: Shards, report: Report) -> Iterator[str]:
 
 def _altered(output: Path, shards: Shards, report: Report) -> Iterator[str]:
     for file, expected in report.sha256.items():
-        if file in shards.headers:
-            with (output / file).open("rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            if digest != expected:
-                yield f"the shard {file} was altered: its SHA-256 is not the one in the report"
+        if file in shards.headers and sha256(output / file) != expected:
+            yield f"the shard {file} was altered: its SHA-256 is not the one in the report"
 
 
 def _wrong_values(name: str, tensor: Tensor) -> Iterator[str]:

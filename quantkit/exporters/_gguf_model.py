@@ -1,6 +1,5 @@
 """A config.json as llama.cpp has to be told of it, for the families whose computation GGUF's keys can describe."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import ModelError
+from quantkit.untrusted import parse_json, read_document
 
 INSTEAD = "use the format compressed-tensors"
 # model type → name of gguf.MODEL_ARCH. Mistral is a LLaMA there, but for its window, see `Model.context`
@@ -64,7 +64,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(parse_json(read_document(path)))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} is no configuration of a model ({error}); choose the output of a run") from error
 

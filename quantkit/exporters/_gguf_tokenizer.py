@@ -5,13 +5,13 @@ SentencePiece (`llama`), where it goes by a score for each token. The names stan
 `src/llama-vocab.cpp`, the numbers of the token types are those of the GGUF specification.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import ModelError
+from quantkit.untrusted import parse_json, read_document
 
 FILE = "tokenizer.json"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -65,7 +65,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     """
     path = directory / FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_document(path))
         return _read(content)
     except ModelError as error:
         raise ModelError(f"{path} {error}; no GGUF file can be written for it") from error

@@ -36,7 +36,8 @@ from quantkit.exporters._gguf_model import INSTEAD, Model, neighbouring, read_co
 from quantkit.exporters._gguf_tokenizer import UNUSED, Tokenizer, read_tokenizer
 from quantkit.exporters.compressed_tensors import CompressedTensors, schemes_of
 from quantkit.model.checkpoint import Checkpoint
-from quantkit.model.writer import clear_disk_errors, refuse_full_disk
+from quantkit.model.workspace import clear_disk_errors
+from quantkit.model.writer import refuse_full_disk
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

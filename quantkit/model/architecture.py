@@ -1,14 +1,15 @@
 """Facts of model families, read from `model_zoo/architectures/*.toml`."""
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
 from quantkit.errors import UsageError
 from quantkit.resources import data_dir
+from quantkit.untrusted import parse_toml, read_document
 
 ROTARY = frozenset({"half", "interleaved", "none"})
 
@@ -83,6 +84,17 @@ class Architecture:
     attention: Attention | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Raise ValueError, TypeError or AttributeError for a value of another type than its field's."""
+        texts = [self.blocks, *self.renames.values(), *(group.name for group in self.groups)]
+        texts += [group.after for group in self.groups if group.after is not None]
+        texts += [self.attention.query, self.attention.key, self.attention.value] if self.attention else []
+        if odd := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"{odd[0]!r} is no name")
+        if not isfinite(self.norm_offset):
+            raise ValueError("norm_offset must be a number")
+        self.when.items()
+
     @classmethod
     def read(cls, path: Path) -> "Architecture":
         """Read one file.
@@ -91,7 +103,7 @@ class Architecture:
             UsageError: the file is not TOML, or a key is missing, unknown or of the wrong kind.
         """
         try:
-            facts = tomllib.loads(path.read_text(encoding="utf-8"))
+            facts = parse_toml(read_document(path))
             groups = tuple(_group(entry) for entry in facts.pop("groups", []))
             if (attention := facts.pop("attention", None)) is not None:
                 facts["attention"] = Attention(**attention)

@@ -15,6 +15,8 @@ from quantkit.core.scheme import QuantScheme
 from quantkit.model.activations import Activations
 from quantkit.model.architecture import Architecture, HasTextConfig
 
+_PARTS = ("codes", "scale", "zero_point")  # of a QuantizedTensor
+
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
@@ -41,7 +43,7 @@ class Site:
             zero from then on. None: no pass pruned.
         samples: what gradients of the whole model's loss are made of, where a pass asked for them.
         quantized: the result, None until a rounding pass ran.
-        learned: what a pass keeps for the next window that holds the site, None at first.
+        learned: what a pass keeps for the next window that holds the site, tensors by name; None at first.
     """
 
     name: str
@@ -54,7 +56,7 @@ class Site:
     mask: Tensor | None = None
     samples: Any = None
     quantized: QuantizedTensor | None = None
-    learned: Any = None
+    learned: Mapping[str, Tensor] | None = None
 
     @property
     def parameter(self) -> str:
@@ -100,6 +102,35 @@ class Block:
     architecture: Architecture | None = None
     config: HasTextConfig | None = None
     activations: Activations | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what passes may have changed or decided but `changed`: parameters, masks, codes, what is learned."""
+        tensors = {f"parameter/{name}": parameter.detach() for name, parameter in self.module.named_parameters()}
+        for site in self.sites:
+            for part in _PARTS if site.quantized else ():
+                value = getattr(site.quantized, part)
+                if value is not None:
+                    tensors[f"{part}/{site.local_name}"] = value
+            if site.mask is not None:
+                tensors[f"mask/{site.local_name}"] = site.mask
+            tensors |= {f"learned/{site.local_name}/{key}": value for key, value in (site.learned or {}).items()}
+        return tensors
+
+    def set_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state` returned for the same block."""
+        for name, parameter in self.module.named_parameters():
+            parameter.data = tensors[f"parameter/{name}"].to(parameter)
+        for site in self.sites:
+            device, prefix = site.weight.device, f"learned/{site.local_name}/"
+            parts: dict[str, Any] = dict.fromkeys(_PARTS)
+            for part in _PARTS:
+                if f"{part}/{site.local_name}" in tensors:
+                    parts[part] = tensors[f"{part}/{site.local_name}"].to(device)
+            site.quantized = None if parts["codes"] is None else QuantizedTensor(**parts, scheme=site.scheme)
+            mask = tensors.get(f"mask/{site.local_name}")
+            site.mask = None if mask is None else mask.to(device)
+            learned = {key.removeprefix(prefix): v.to(device) for key, v in tensors.items() if key.startswith(prefix)}
+            site.learned = learned or None
 
     def forward(
         self,

@@ -4,7 +4,7 @@ A shard is opened for one call and closed again, so the memory that maps it neve
 memory does not grow with the number of blocks that were read.
 """
 
-import json
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantkit.errors import ModelError
+from quantkit.model.integrity import sha256, verified_sha256
+from quantkit.untrusted import parse_json, read_document
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-# the safetensors names of floating-point dtypes: the only tensors that can hold NaN or infinity
-_FLOATING = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -92,36 +92,72 @@ class Checkpoint:
                 raise ModelError(f"cannot read {shard}: {error}; download the model again") from error
         return tensors
 
-    def verify_finite(self) -> Iterator[str]:
-        """Read every tensor once, one at a time, and yield its name when it holds neither NaN nor infinity.
+    def verify(self) -> dict[str, str]:
+        """Read every shard once and return {file name: SHA-256}, the digests of `sha256sum` and of the Hub.
 
         Raises:
-            ModelError: at the first tensor that is not finite.
+            ModelError: at the first tensor that holds NaN or infinity; a shard that vanished or changed.
         """
+        names: dict[Path, set[str]] = {}
         for name, info in self.tensors.items():
-            if info.dtype in _FLOATING:
-                tensor = self.load([name])[name]
-                # torch.isfinite does not know the eight-bit floats
-                wide = tensor.float() if tensor.element_size() == 1 else tensor
-                bad = int(tensor.numel() - torch.isfinite(wide).sum())
-                if bad:
-                    raise ModelError(
-                        f"{name} in {info.shard} has {bad} values that are NaN or infinite; "
-                        "the checkpoint is damaged, download the model again"
-                    )
-            yield name
+            names.setdefault(info.shard, set()).add(name)
+        return {shard.name: verified_sha256(shard, names[shard]) for shard in names}
 
 
 def side_files(directory: Path, *, but: Collection[str] = ()) -> Iterator[Path]:
-    """Yield what lies beside the weights of a model and belongs to it, files and directories, but those named."""
+    """Yield what lies beside the weights of a model and belongs to it, files and directories, but those named.
+
+    Their content is copied into outputs, which are then given to others, so a link among them is followed to a regular
+    file inside the directory, or in a snapshot of a Hub cache to one of its blobs, and nowhere else: a model from
+    somewhere must not be able to carry a file of the user's away. Shards are never copied, only their tensors are
+    read, so these may be links to anywhere.
+
+    Raises:
+        ModelError: a link that leads elsewhere, or something that is neither a file nor a directory.
+    """
     for path in sorted(directory.iterdir()):
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-        if not (weights or path.name.startswith(".") or path.name in but or (path.is_dir() and _holds_weights(path))):
+        if weights or path.name.startswith(".") or path.name in but:
+            continue
+        _refuse_stray(path, directory)
+        if not path.is_dir():
             yield path
+        elif not _holds_weights(path):
+            for inner in path.rglob("*"):
+                _refuse_stray(inner, directory)
+            yield path
+
+
+def fingerprint(directory: Path) -> dict[str, str]:
+    """Return {path inside the directory: SHA-256} of all that belongs to a model but its weights: index, side files.
+
+    Raises:
+        ModelError: as `side_files`; a file that cannot be read.
+    """
+    try:
+        index = [directory / INDEX] if (directory / INDEX).is_file() else []
+        inside = [each for path in side_files(directory) for each in (path, *sorted(path.rglob("*")))]
+        return {path.relative_to(directory).as_posix(): sha256(path) for path in index + inside if path.is_file()}
+    except OSError as error:
+        raise ModelError(f"{directory} cannot be read: {error}") from error
 
 
 def _holds_weights(directory: Path) -> bool:
     return any(path.suffix in _WEIGHTS for path in directory.rglob("*"))
+
+
+def _refuse_stray(path: Path, directory: Path) -> None:
+    if not path.is_symlink():
+        if not (path.is_file() or path.is_dir()):
+            raise ModelError(f"{path} is neither a file nor a directory; remove it from the model")
+        return
+    target, home = Path(os.path.realpath(path)), directory.resolve()
+    cached = home.parent.name == "snapshots" and target.parent == (home.parent.parent / "blobs").resolve()
+    if not (target.is_file() and (home in target.parents or cached)):
+        raise ModelError(
+            f"{path} is a link to {target}, which is no file of the model's directory, and would be copied into the "
+            "output; put a copy in the place of the link, or remove it (only shards may be links to anywhere)"
+        )
 
 
 def _read_index(directory: Path) -> Mapping[str, str] | None:
@@ -130,17 +166,23 @@ def _read_index(directory: Path) -> Mapping[str, str] | None:
     if not path.is_file():
         return None
     try:
-        placement = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        entries = {str(name): str(file) for name, file in placement.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        entries = dict(parse_json(read_document(path))["weight_map"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is not a safetensors index; download the model again") from error
     for name, file in entries.items():
         # a bare file name: nothing from an index may lead out of the directory
-        if Path(file).name != file or file in ("", ".", ".."):
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             raise ModelError(f"{path} places {name} in {file!r}, outside the directory; the index is refused")
-        if not (directory / file).is_file():
+        if not _is_file(directory / file):
             raise ModelError(f"{path} names the shard {file}, which does not exist; download the model again")
     return entries
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _single_shard(directory: Path) -> Path:
@@ -165,5 +207,5 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
         with safe_open(shard, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping
             return {name: TensorInfo(shard, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, MemoryError) as error:  # a file of no size at all cannot be mapped
         raise ModelError(f"{shard} is truncated or is no safetensors file ({error}); download it again") from error

@@ -6,7 +6,6 @@ never fetched. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE keep their mean
 """
 
 import errno
-import json
 import logging
 import re
 import sys
@@ -22,6 +21,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from quantkit.errors import ModelError, NetworkError, OutputError, QuantkitError, nearest
+from quantkit.untrusted import parse_json, read_document
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SMALL_FILES = [
@@ -155,7 +155,7 @@ def _weight_files(directory: Path) -> list[str]:
     if not index.is_file():
         return [_SINGLE]
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(parse_json(read_document(index))["weight_map"].values()))
         plain = all(_SHARD.fullmatch(name) for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is no index of safetensors; delete it to fetch it again") from error

@@ -1,13 +1,13 @@
 """From the name a user types to a directory on this machine: a directory, an alias, or a model of the Hub."""
 
 import re
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.errors import ModelError, UsageError, nearest
 from quantkit.model import hub
 from quantkit.resources import data_dir
+from quantkit.untrusted import MOST_BYTES, parse_toml, read_document
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -50,7 +50,7 @@ def aliases(file: Path | None = None) -> dict[str, Alias]:
     """
     try:
         file = file or data_dir("model_zoo") / "aliases.toml"
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        table = parse_toml(read_document(file))
     except (OSError, ValueError) as error:
         raise UsageError(f"the table of aliases {file or ''} cannot be read: {error}") from error
     found = {}
@@ -114,4 +114,14 @@ def _local(path: Path, revision: str | None) -> Source:
         raise ModelError(f"the directory {path} does not exist")
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} holds no config.json, so it is no transformers model; give the directory that does")
+    for entry in sorted(path.iterdir()):
+        _refuse_endless(entry)
     return Source(path=path, id=None, revision=None)
+
+
+def _refuse_endless(path: Path) -> None:
+    """Refuse what would block or fill the memory of the libraries that read the small files of a model."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ModelError(f"{path} is neither a file nor a directory; remove it from the model")
+    if path.suffix == ".json" and path.is_file() and path.stat().st_size > MOST_BYTES:
+        raise ModelError(f"{path} has {path.stat().st_size:,} bytes, too many for a document; remove it from the model")

@@ -5,7 +5,7 @@ are copied out of it one at a time, loaded, used and dropped, so the whole model
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import ModelError
 from quantkit.model import architecture
 from quantkit.model.checkpoint import Checkpoint
+from quantkit.untrusted import parse_json, read_document
 
+MOST_MODULES = 1000  # layers, or experts of one; the deepest published model has 126 layers, the broadest 512 experts
 LINEARS = (nn.Linear, Conv1D)
 # what transformers raises for a config.json with values that it cannot use
 _CONFIG_FAULTS = (
@@ -101,10 +103,24 @@ class Skeleton:
         Raises:
             ModelError: the checkpoint lacks a tensor of the block, or has it in another shape.
         """
-        module = copy.deepcopy(self.blocks[index])
-        state = module.state_dict()
+        module, stored = copy.deepcopy(self.blocks[index]), self._stored_names(index, checkpoint)
+        loaded = checkpoint.load(stored.values(), dtype)
+        module.load_state_dict({name: loaded[source] for name, source in stored.items()}, strict=False, assign=True)
+        return module.to(device).eval().requires_grad_(False)
+
+    def refuse_incomplete(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint that does not fill all blocks, from its headers alone.
+
+        Raises:
+            ModelError: as `load_block`.
+        """
+        for index in range(len(self.blocks)):
+            self._stored_names(index, checkpoint)
+
+    def _stored_names(self, index: int, checkpoint: Checkpoint) -> dict[str, str]:
+        """Return name inside block `index` → stored name of all that the checkpoint has of it."""
         stored: dict[str, str] = {}
-        for name, empty in state.items():
+        for name, empty in self.blocks[index].state_dict().items():
             full = self.module_name(index, name)
             source = self.stored_name(full, checkpoint)
             if source is not None:
@@ -112,9 +128,7 @@ class Skeleton:
                 stored[name] = source
             elif empty.is_meta:
                 raise ModelError(f"{checkpoint.directory} has no tensor for {full}; the checkpoint is incomplete")
-        loaded = checkpoint.load(stored.values(), dtype)
-        module.load_state_dict({name: loaded[source] for name, source in stored.items()}, strict=False, assign=True)
-        return module.to(device).eval().requires_grad_(False)
+        return stored
 
     def fill(self, checkpoint: Checkpoint, dtype_of: Callable[[str], torch.dtype | None]) -> None:
         """Read every parameter and buffer of the model that `checkpoint` has, for good and on the CPU.
@@ -177,12 +191,39 @@ def read_config(directory: Path) -> PretrainedConfig:
     if not (directory / "config.json").is_file():
         raise ModelError(f"{directory} has no config.json; give the directory of a transformers model")
     try:
+        _refuse_endless(parse_json(read_document(directory / "config.json")))
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except _CONFIG_FAULTS as error:
         raise ModelError(f"{directory / 'config.json'} cannot be used: {_reason(error)}") from error
+    read_generation_config(directory)  # transformers would refuse to load the model, or what is made of it
     if not isinstance(config, PretrainedConfig):  # pragma: no cover  transformers' promise
         raise ModelError(f"{directory / 'config.json'} describes no transformers model")
     return config
+
+
+def read_generation_config(directory: Path) -> GenerationConfig | None:
+    """Return how the model in `directory` continues a text, None where it does not say.
+
+    Raises:
+        ModelError: its generation_config.json cannot be used.
+    """
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        parse_json(read_document(file))
+        return GenerationConfig.from_pretrained(directory)
+    except _CONFIG_FAULTS as error:
+        raise ModelError(f"{file} cannot be used: {_reason(error)}; correct it, or remove it") from error
+
+
+def _refuse_endless(entries: object) -> None:
+    """Raise ValueError for so many layers or experts that building their modules would not end."""
+    if isinstance(entries, Mapping):
+        for name, value in entries.items():
+            if isinstance(value, int) and value > MOST_MODULES and ("layer" in name or "expert" in name):
+                raise ValueError(f"{name} is {value}, more than any model has")
+            _refuse_endless(value)
 
 
 def _empty_model(config: PretrainedConfig, directory: Path) -> PreTrainedModel:

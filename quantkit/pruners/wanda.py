@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quantkit.calibrate.passes import Window
+from quantkit.calibrate.team import Team
 from quantkit.core.masks import SCOPES, Scope
 from quantkit.errors import UsageError
 from quantkit.model.block import Site
@@ -35,6 +36,13 @@ class InputNorms:
         """Take in `inputs`, (tokens, in) float32."""
         self.squares = self.squares.to(inputs) + inputs.square().sum(dim=0)
         self.tokens += len(inputs)
+
+    def merge(self, team: Team, inputs: Tensor) -> None:
+        """Add the sums of the other processes."""
+        if not self.tokens:
+            self.squares = inputs.sum(dim=0)
+        team.sum(self.squares)
+        self.tokens = int(team.total(self.tokens)[0])
 
     @property
     def value(self) -> Tensor:

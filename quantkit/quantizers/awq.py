@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from quantkit.calibrate.passes import Phase, Window
 from quantkit.calibrate.statistics import Hessian, Range, input_statistics
+from quantkit.calibrate.team import Team
 from quantkit.core.affine import fake_quantize, group_bounds, quantize, round_to_nearest
+from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
 from quantkit.model.block import Block, Site
@@ -116,6 +118,11 @@ class Moments:
         self.hessian.add(inputs)
         self.range.add(inputs)
 
+    def merge(self, team: Team, inputs: Tensor) -> None:
+        """Add what the other processes took in."""
+        self.hessian.merge(team, inputs)
+        self.range.merge(team, inputs)
+
     @property
     def gram(self) -> Tensor:
         """Mean of x x^T, (in, in)."""
@@ -185,11 +192,15 @@ class AWQ:
         alphas = self._scale(window, block) if self.trials else {}
         window.tick(0.5)
         moments = input_statistics(window, Moments)
-        for site in block.sites:
+
+        def clipped(site: Site) -> dict[str, Tensor]:
             bounds = group_bounds(site.weight, site.scheme)
             if self.clip and isinstance(site.linear, nn.Linear) and not _makes_queries(site, block):
                 bounds = clipped_bounds(site.weight, moments[site.name].gram, site.scheme, site.scale_dtype)
-            site.quantized = quantize(site.weight, *bounds, site.scheme, site.scale_dtype)
+            return quantize(site.weight, *bounds, site.scheme, site.scale_dtype).tensors()
+
+        for site, found in zip(block.sites, window.team.divide(block.sites, clipped), strict=True):
+            site.quantized = QuantizedTensor.of(found, site.scheme)
         error = window.error({site.parameter: _dense(site) for site in block.sites})
         if not error <= window.error_rtn:
             window.notes["fallback"] = f"rtn, because its error {window.error_rtn:.3g} is below AWQ's {error:.3g}"
@@ -203,13 +214,16 @@ class AWQ:
         sites = {site.local_name: site for site in block.sites}
         pairs = [pair for pair in pairs_of(block, let_down=True)[0] if _can_be_scaled(pair, sites)]
         moments = input_statistics(window, Moments)
-        found = {}
-        for pair in pairs:
+
+        def search(pair: Pair) -> dict[str, Tensor]:
             targets = [sites[name] for name in pair.targets]
             of_input = moments[targets[0].name]
-            found[pair.name] = searched_scale(pair, targets, of_input.gram, of_input.magnitude, trials=self.trials)
-        fold(pairs, block, {name: scale for name, (_, scale) in found.items()})
-        return {name: alpha for name, (alpha, _) in found.items()}
+            alpha, scale = searched_scale(pair, targets, of_input.gram, of_input.magnitude, trials=self.trials)
+            return {"alpha": torch.tensor(alpha, dtype=torch.float64), "scale": scale}
+
+        found = dict(zip((pair.name for pair in pairs), window.team.divide(pairs, search), strict=True))
+        fold(pairs, block, {name: parts["scale"] for name, parts in found.items()})
+        return {name: float(parts["alpha"]) for name, parts in found.items()}
 
 
 def _can_be_scaled(pair: Pair, sites: Mapping[str, Site]) -> bool:

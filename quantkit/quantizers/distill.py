@@ -93,7 +93,7 @@ class Distill:
                 hidden = checkpoint(run, place, batch, hidden, use_reentrant=False)
             return divergence(window, batch, hidden)
 
-        root = len(window.inputs[0]) ** 0.5
+        root = window.batch_size**0.5
         groups = [ParameterGroup(parameters=[scale.factor for scale in scales.values()], lr=self.lr * root)]
         if norms:
             groups.append(ParameterGroup(parameters=[n.factor for n in norms.values()], lr=self.norms_lr * root))
@@ -107,6 +107,7 @@ class Distill:
             tick=window.tick,
             schedule=self.schedule,
             generator=torch.Generator().manual_seed(window.seed),
+            team=window.team,
         )
         window.amp = False
         window.notes["divergence"] = result.losses
@@ -196,7 +197,7 @@ def measured_divergence(window: Window, run: Callable[[int, int, Tensor], Tensor
             for place in range(len(window.blocks)):
                 hidden = run(place, batch, hidden)
         total += float(divergence(window, batch, hidden))
-    return total / len(batches)
+    return window.team.total(total)[0] / (len(batches) * window.team.size)
 
 
 def divergence(window: Window, batch: int, hidden: Tensor) -> Tensor:

@@ -123,8 +123,9 @@ class GPTQ:
         curvature = Curvature.of(hessian, damp=self.damp, act_order=self.act_order)
         if curvature.damp != self.damp:
             window.notes[f"damp of {sites[0].group}"] = curvature.damp
-        return {
-            site.name: gptq(
+
+        def solve(site: Site) -> dict[str, Tensor]:
+            rounded, moved = gptq(
                 site.weight,
                 curvature,
                 site.scheme,
@@ -134,8 +135,11 @@ class GPTQ:
                 transposed=site.transposed,
                 mask=site.mask,
             )
-            for site in sites
-        }
+            return {**rounded.tensors(), "moved": moved}
+
+        found = window.team.divide(sites, solve)
+        pairs = zip(sites, found, strict=True)
+        return {site.name: (QuantizedTensor.of(parts, site.scheme), parts["moved"]) for site, parts in pairs}
 
 
 def _plain(site: Site) -> Rounded:

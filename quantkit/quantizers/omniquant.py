@@ -167,7 +167,7 @@ class OmniQuant:
         for site in window.sites:
             plain = reason and round_to_nearest(site.weight, site.scheme, site.scale_dtype)
             site.quantized = plain or learned[site.parameter]
-            site.learned = None if reason else quantizers[site.parameter]
+            site.learned = None if reason else _kept(site, quantizers[site.parameter])
 
     def _train(
         self, window: Window, quantizers: dict[str, WeightQuantizer], transforms: Sequence[BlockTransform]
@@ -188,7 +188,7 @@ class OmniQuant:
             errors += [_mean_squared(hidden, target) for target in extra[batch : batch + 1]]
             return torch.stack(errors).sum()
 
-        groups = self._groups([*quantizers.values()], transforms, math.sqrt(len(window.inputs[0])))
+        groups = self._groups([*quantizers.values()], transforms, math.sqrt(window.batch_size))
         if not any(group.parameters for group in groups):
             window.notes["learned"] = "nothing, because no equivalent transform has a place in these blocks"
             return False
@@ -201,6 +201,7 @@ class OmniQuant:
             tick=window.tick,
             schedule=self.schedule,
             generator=torch.Generator().manual_seed(window.seed) if self.schedule != "constant" else None,
+            team=window.team,
         )
         window.amp = False
         if result.diverged and result.losses:
@@ -209,7 +210,7 @@ class OmniQuant:
 
     def _quantizers(self, window: Window) -> dict[str, WeightQuantizer]:
         """Return the quantizer of every site by parameter name, those of an earlier window as they are."""
-        quantizers = {site.parameter: site.learned or self._quantizer(site) for site in window.sites}
+        quantizers = {site.parameter: self._quantizer(site) for site in window.sites}
         new = [site for site in window.sites if site.learned is None]
         if self.init != "nearest" and self.lwc:
             for site in new:
@@ -223,10 +224,12 @@ class OmniQuant:
         return quantizers
 
     def _quantizer(self, site: Site) -> WeightQuantizer:
-        offset = self.rounding or self.weights
-        return WeightQuantizer(
-            site.weight.detach(), site.scheme, site.scale_dtype, clip=self.lwc, offset=offset, mask=site.mask
-        )
+        offset, learned = self.rounding or self.weights, site.learned or {}
+        weight = learned.get("weight", site.weight.detach())
+        quantizer = WeightQuantizer(weight, site.scheme, site.scale_dtype, clip=self.lwc, offset=offset, mask=site.mask)
+        if learned:
+            quantizer.go_on({name: value for name, value in learned.items() if name != "weight"})
+        return quantizer
 
     def _transforms(self, window: Window) -> list[BlockTransform]:
         """Return the transforms of the window's blocks; those of an earlier window are folded already."""
@@ -285,9 +288,14 @@ class OmniQuant:
         """Return what the original blocks make of the actual stream, per batch; nothing without `aug_loss`."""
         if not self.aug_loss:
             return []
-        return [
-            window.forward(batch, student=False).to(window.targets[batch].dtype) for batch in range(len(window.inputs))
-        ]
+        outputs = (window.forward(batch) for batch in range(len(window.inputs)))
+        return window.streams.new(window.targets[0].dtype, outputs)
+
+
+def _kept(site: Site, quantizer: WeightQuantizer) -> dict[str, Tensor]:
+    """Return what the next window needs of a quantizer; its weight only where it is not the site's own."""
+    own = quantizer.weight.data_ptr() == site.weight.data_ptr()
+    return quantizer.kept() | ({} if own else {"weight": quantizer.weight})
 
 
 def _mean_squared(output: Tensor, target: Tensor) -> Tensor:

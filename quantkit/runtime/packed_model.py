@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quantkit.calibrate.memory import release_freed
 from quantkit.core.qtensor import QuantizedTensor
@@ -22,7 +22,7 @@ from quantkit.exporters.compressed_tensors import OWN
 from quantkit.model.activations import quantize_activations
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.device import pick_device
-from quantkit.model.skeleton import LINEARS, Skeleton, read_config
+from quantkit.model.skeleton import LINEARS, Skeleton, read_config, read_generation_config
 from quantkit.runtime.fused import fuse
 from quantkit.runtime.kernel import Kernel
 from quantkit.runtime.linear import PackedLinear, narrow_modules
@@ -56,8 +56,7 @@ def load(
     _fill(skeleton, checkpoint, place, dtype)
     model = skeleton.model
     model.config.use_cache = getattr(config.get_text_config(), "use_cache", True)
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    model.generation_config = read_generation_config(directory) or model.generation_config
     model.name_or_path = str(directory)
     model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
     if device_map is None:

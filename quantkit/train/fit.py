@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from quantkit.calibrate.team import Team
+
 Schedule = Literal["constant", "linear", "cosine"]
 SCHEDULES = ("constant", "linear", "cosine")
 ADAM = (0.9, 0.999)
@@ -55,6 +57,7 @@ def fit(  # noqa: PLR0913  everything beyond the first two is the loop's shape
     tick: Callable[[float], None],
     schedule: Schedule = "constant",
     generator: torch.Generator | None = None,
+    team: Team | None = None,
 ) -> FitResult:
     """Minimise `loss(batch)` with AdamW, one update per batch, pass after pass over the batches.
 
@@ -69,6 +72,7 @@ def fit(  # noqa: PLR0913  everything beyond the first two is the loop's shape
         tick: told after every update which share of all updates is done.
         schedule: what becomes of the learning rates: constant, or down to 0 linearly or along half a cosine.
         generator: shuffles the batches of each pass; None: they come in order.
+        team: processes that each give their own share of every loss; gradients and losses are the means over them.
     """
     optimizer = torch.optim.AdamW(
         [{"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "betas": g.betas} for g in groups],
@@ -82,13 +86,12 @@ def fit(  # noqa: PLR0913  everything beyond the first two is the loop's shape
         if not order:
             order = torch.randperm(batches, generator=generator).tolist() if generator else list(range(batches))
         value = loss(order.pop(0))
-        total += float(value.detach())
+        optimizer.zero_grad(set_to_none=True)
+        total += _backward(value, best.parameters, team or Team())
         if not math.isfinite(total):
             result.diverged = True
             best.restore()
             return result
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
         optimizer.step()
         decay.step()
         _keep_within_limits(groups)
@@ -98,6 +101,29 @@ def fit(  # noqa: PLR0913  everything beyond the first two is the loop's shape
             best.offer(total)
             total = 0.0
     return result
+
+
+def _backward(value: Tensor, parameters: Sequence[torch.nn.Parameter], team: Team) -> float:
+    """Differentiate the loss `value`; return it, averaged over the processes as the gradients are.
+
+    A parameter that no process's share depends on has no gradient, so that AdamW leaves it alone.
+    """
+    loss = value.detach()
+    if team.alone:
+        if loss.isfinite():
+            value.backward()
+        return float(loss)
+    value.backward()
+    reached = torch.tensor([parameter.grad is not None for parameter in parameters]).to(loss)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    together = torch.cat([loss.reshape(1), reached, *(gradient.flatten() for gradient in gradients)])
+    team.sum(together)
+    loss, reached, mean = together.split([1, len(reached), len(together) - 1 - len(reached)])
+    mean = mean.div_(team.size)
+    parts = mean.split([parameter.numel() for parameter in parameters])
+    for parameter, part, known in zip(parameters, parts, reached.tolist(), strict=True):
+        parameter.grad = part.view_as(parameter) if known else None
+    return float(loss) / team.size
 
 
 class _Best:

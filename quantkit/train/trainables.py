@@ -53,6 +53,18 @@ class WeightQuantizer(nn.Module):
         self.offset = nn.Parameter(torch.zeros_like(weight)) if offset else None
         self.mask = mask
 
+    def kept(self) -> dict[str, Tensor]:
+        """Return all that decides the result but the weight: logits, the bounds that they scale, and the offset."""
+        names = ("gamma", "beta", "low", "high", *(() if self.offset is None else ("offset",)))
+        return {name: getattr(self, name).detach() for name in names}
+
+    @torch.no_grad()
+    def go_on(self, kept: Mapping[str, Tensor]) -> None:
+        """Take over what `kept` returned."""
+        self.low, self.high = kept["low"], kept["high"]
+        for name in kept.keys() - {"low", "high"}:
+            getattr(self, name).copy_(kept[name])
+
     @torch.no_grad()
     def clip_to(self, low: Float[Tensor, "out groups"], high: Float[Tensor, "out groups"]) -> None:
         """Let the clipping start at these bounds, a share of the smallest and largest weight each.
@@ -88,7 +100,7 @@ class WeightQuantizer(nn.Module):
 
     def take(self, weight: Float[Tensor, "out in"]) -> None:
         """Let `weight`, into which a transform was folded, take the place of the own one."""
-        self.weight = weight
+        self.weight = weight.detach()
         self.low, self.high = group_bounds(weight, self.scheme)
 
     @torch.no_grad()

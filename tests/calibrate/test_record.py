@@ -59,6 +59,13 @@ def test_equal_arguments_are_stored_once(open_tiny):
     masks = [block.kwargs["attention_mask"] for batch in recording.arguments for block in batch]
     assert len(masks) == 6
     assert len({id(mask) for mask in masks}) == 1
+    assert len({id(block) for batch in recording.arguments for block in batch}) == 1
+
+
+def test_arguments_do_not_grow_with_the_samples(open_tiny):
+    _, skeleton, checkpoint = open_tiny("gemma3_text")
+    recording = recorded(skeleton, checkpoint, tokens(5))
+    assert len({id(block) for batch in recording.arguments for block in batch}) == 2  # sliding and full
 
 
 def test_the_blocks_have_their_own_forward_again(open_tiny):

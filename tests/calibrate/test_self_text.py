@@ -187,7 +187,7 @@ class Diary(Silent):
 def test_a_run_calibrates_on_what_the_model_writes(tmp_path):
     diary, state = Diary(), torch.random.get_rng_state()
     result = quantkit.quantize("tiny", output=tmp_path / "out", progress=diary, **FEW)
-    assert result.report["calibration"] == {"text": "self", "samples": 3, "seqlen": 24}
+    assert result.report["calibration"].items() >= {"text": "self", "samples": 3, "seqlen": 24}.items()
     assert diary.stages[:2] == ["writing text", "opening weights"]
     assert torch.equal(torch.random.get_rng_state(), state)
     again = quantkit.quantize(Recipe.from_toml(result.output / "recipe.toml"), output=tmp_path / "again", device="cpu")
@@ -197,7 +197,7 @@ def test_a_run_calibrates_on_what_the_model_writes(tmp_path):
 
 
 def test_a_plan_counts_the_whole_model_and_writes_nothing(monkeypatch):
-    monkeypatch.setattr("quantkit.pipeline.load_model", None)  # calling it would fail
+    monkeypatch.setattr("quantkit.material.load_model", None)  # calling it would fail
     monkeypatch.setattr(costs, "machine_speed", lambda device: costs.Speed(rate=1e10, sweep=1e-9, call=1e-6))
     own, read = (quantkit.plan("tiny", **(FEW | {"calibration": text})) for text in ("self", "embedded"))
     assert own.memory_bytes >= read.memory_bytes

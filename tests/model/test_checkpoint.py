@@ -1,12 +1,17 @@
+import hashlib
 import json
+import os
 import struct
+import subprocess
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from quantkit.errors import ModelError
-from quantkit.model.checkpoint import INDEX, SINGLE, Checkpoint
+from quantkit.model import integrity
+from quantkit.model.checkpoint import INDEX, SINGLE, Checkpoint, fingerprint, side_files
+from quantkit.resources import data_dir
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -146,9 +151,51 @@ def test_a_directory_without_weights(tmp_path):
     assert refusal(tmp_path) == f"{tmp_path} holds neither {SINGLE} nor {INDEX}"
 
 
-def test_finite_tensors_are_named_in_order(sharded):
-    checkpoint = Checkpoint(sharded)
-    assert list(checkpoint.verify_finite()) == list(checkpoint)
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_the_digests_are_those_of_the_files(request, kind):
+    directory = request.getfixturevalue(kind)
+    digests = Checkpoint(directory).verify()
+    assert digests == {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in digests}
+    assert sorted(digests) == sorted(path.name for path in directory.glob("*.safetensors"))
+
+
+def test_a_digest_of_a_published_model_is_that_of_sha256sum(tmp_path):
+    weights = data_dir("model_zoo") / "tiny" / SINGLE
+    told = subprocess.run(["sha256sum", weights], capture_output=True, text=True, check=True).stdout.split()[0]
+    assert Checkpoint(weights.parent).verify() == {SINGLE: told}
+
+
+def test_a_digest_holds_for_tensors_of_many_parts(single, monkeypatch):
+    whole = Checkpoint(single).verify()
+    monkeypatch.setattr(integrity, "CHUNK", 16)
+    assert Checkpoint(single).verify() == whole
+
+
+def test_values_in_the_last_part_of_a_tensor_are_verified(tmp_path, monkeypatch):
+    monkeypatch.setattr(integrity, "CHUNK", 16)
+    save_file({"long": torch.tensor([float("inf"), *[0.0] * 20, float("nan")])}, tmp_path / SINGLE)
+    with pytest.raises(ModelError, match=r"long in .* has 2 values that are NaN"):
+        Checkpoint(tmp_path).verify()
+
+
+def test_a_tensor_that_the_index_leaves_out_counts_for_the_digest_alone(sharded, tensors):
+    save_file({"a": tensors["a"], "b": tensors["b"], "other": torch.tensor(torch.nan)}, sharded / SHARDS[0])
+    digest = hashlib.sha256((sharded / SHARDS[0]).read_bytes()).hexdigest()
+    assert Checkpoint(sharded).verify()[SHARDS[0]] == digest
+
+
+def test_an_empty_tensor_is_verified(tmp_path):
+    save_file({"none": torch.zeros(0, 3), "one": torch.ones(1)}, tmp_path / SINGLE)
+    assert list(Checkpoint(tmp_path).verify()) == [SINGLE]
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"x", lambda data: b""])
+def test_a_shard_that_changes_after_its_header_was_read(single, change):
+    checkpoint = Checkpoint(single)
+    shard = single / SINGLE
+    shard.write_bytes(change(shard.read_bytes()))
+    with pytest.raises(ModelError, match=f"cannot read {shard}: it is (truncated|longer).*; download the model again"):
+        checkpoint.verify()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
@@ -157,19 +204,17 @@ def test_a_value_that_is_not_finite_is_found_and_its_tensor_named(tmp_path, valu
     bad = torch.zeros(4, 5, dtype=dtype)
     bad[2, 3] = bad[0, 0] = value
     save_file({"good": torch.ones(3), "layers.7.bad": bad}, tmp_path / SINGLE)
-    names = Checkpoint(tmp_path).verify_finite()
     with pytest.raises(ModelError, match=r"layers\.7\.bad in \S+ has 2 values that are NaN or infinite"):
-        list(names)
+        Checkpoint(tmp_path).verify()
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_eight_bit_floats_are_verified_too(tmp_path, dtype):
     save_file({"scale": torch.tensor([1.0, 2.0]).to(dtype)}, tmp_path / SINGLE)
-    assert list(Checkpoint(tmp_path).verify_finite()) == ["scale"]
+    assert list(Checkpoint(tmp_path).verify()) == [SINGLE]
     save_file({"scale": torch.tensor([1.0, float("nan")]).to(dtype)}, tmp_path / SINGLE)
-    names = Checkpoint(tmp_path).verify_finite()
     with pytest.raises(ModelError, match=r"scale in \S+ has 1 values"):
-        list(names)
+        Checkpoint(tmp_path).verify()
 
 
 def test_a_shard_that_vanishes_while_the_model_is_read(single):
@@ -177,3 +222,80 @@ def test_a_shard_that_vanishes_while_the_model_is_read(single):
     (single / SINGLE).unlink()
     with pytest.raises(ModelError, match=rf"cannot read {single / SINGLE}.*download the model again"):
         checkpoint.load(["a"])
+
+
+# --- side files
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model with side files; beside it a secret of the user's."""
+    directory = tmp_path / "model"
+    (directory / "sub").mkdir(parents=True)
+    save_file({"a": torch.ones(1)}, directory / SINGLE)
+    for name in ("config.json", "tokenizer.json", "sub/inner.txt", ".hidden", "pytorch_model.bin"):
+        (directory / name).write_text(name)
+    (tmp_path / "secret").write_text("mine")
+    return directory
+
+
+def names(directory):
+    return [path.name for path in side_files(directory)]
+
+
+def test_side_files_are_what_is_no_weight_and_not_hidden(model):
+    assert names(model) == ["config.json", "sub", "tokenizer.json"]
+
+
+def test_a_fingerprint_has_every_small_file(model):
+    write_index(model)
+    listed = {INDEX, "config.json", "tokenizer.json", "sub/inner.txt"}
+    assert fingerprint(model) == {name: hashlib.sha256((model / name).read_bytes()).hexdigest() for name in listed}
+
+
+@pytest.mark.parametrize("place", ["notes.txt", "sub/notes.txt"])
+@pytest.mark.parametrize("target", ["../secret", "{}/secret", "../nowhere", "..", ".", "/dev/zero"])
+def test_a_link_that_leads_out_of_the_model_is_refused(model, place, target):
+    (model / place).symlink_to(target.format(model.parent))
+    with pytest.raises(ModelError, match=rf"{model / place} is a link to .*; put a copy in the place of the link"):
+        fingerprint(model)
+
+
+def test_a_link_inside_the_model_is_followed(model):
+    (model / "vocab.txt").symlink_to("sub/inner.txt")
+    (model / "sub" / "vocab.txt").symlink_to(model / "tokenizer.json")
+    assert fingerprint(model)["vocab.txt"] == fingerprint(model)["sub/inner.txt"]
+    assert fingerprint(model)["sub/vocab.txt"] == fingerprint(model)["tokenizer.json"]
+
+
+def test_links_of_a_hub_cache_are_followed_to_its_blobs_alone(tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0", tmp_path / "models--a--b" / "blobs"
+    (snapshot / "templates").mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "abc").write_text("content")
+    (tmp_path / "models--a--b" / "secret").write_text("mine")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/abc")
+    (snapshot / "templates" / "a.jinja").symlink_to("../../../blobs/abc")
+    assert names(snapshot) == ["templates", "tokenizer.json"]
+    (snapshot / "vocab.txt").symlink_to("../../secret")
+    with pytest.raises(ModelError, match="is a link to"):
+        names(snapshot)
+
+
+def test_a_model_that_is_itself_behind_a_link_is_read(model, tmp_path):
+    (tmp_path / "link").symlink_to(model)
+    (model / "vocab.txt").symlink_to("tokenizer.json")
+    assert fingerprint(tmp_path / "link") == fingerprint(model)
+
+
+def test_a_pipe_among_the_side_files_is_refused(model):
+    os.mkfifo(model / "pipe")
+    with pytest.raises(ModelError, match="pipe is neither a file nor a directory; remove it"):
+        fingerprint(model)
+
+
+def test_a_shard_may_be_a_link_to_anywhere(model, tmp_path):
+    (model / SINGLE).rename(tmp_path / "elsewhere.safetensors")
+    (model / SINGLE).symlink_to(tmp_path / "elsewhere.safetensors")
+    assert list(Checkpoint(model).verify()) == [SINGLE]
+    assert SINGLE not in names(model)

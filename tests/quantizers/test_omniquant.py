@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from windows import kept_error, make_window
+from windows import kept_error, learned_by, make_window
 
 import quantkit
 from quantkit.core.affine import round_to_nearest
@@ -159,7 +159,7 @@ def test_training_keeps_what_it_learned(window):
 def test_what_is_trained_is_what_is_stored(window):
     OmniQuant(updates=6, lwc_lr=0.03).apply(window)
     for site in window.sites:
-        assert torch.equal(site.learned().to(site.scale_dtype), site.quantized.dequantize())
+        assert torch.equal(learned_by(site)().to(site.scale_dtype), site.quantized.dequantize())
 
 
 def test_training_leaves_the_weights_alone(window):

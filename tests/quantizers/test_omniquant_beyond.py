@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from families import VOCABULARY, WITHOUT_FILE, save_tiny
-from windows import kept_error, make_engine, make_window
+from windows import kept_error, learned_by, make_engine, make_window
 
 from quantkit.core.affine import group_bounds, quantize
 from quantkit.core.scheme import QuantScheme
@@ -96,7 +96,7 @@ def test_every_block_is_optimised_whatever_the_window(blocks):
     reports, sites, seen = walk(TINY, OmniQuant(window=blocks, updates=4, lwc_lr=0.05), BATCHES)
     assert {index for numbers, *_ in seen for index in numbers} == set(range(5))
     assert len(seen) == 5 - min(blocks, 5) + 1
-    assert all(site.learned.gamma.detach().ne(INITIAL_LOGIT).any() for site in sites)
+    assert all(learned_by(site).gamma.detach().ne(INITIAL_LOGIT).any() for site in sites)
     assert len(reports) == 5
 
 
@@ -131,7 +131,7 @@ def test_learned_rounding_takes_one_of_the_two_neighbouring_levels(window):
     OmniQuant(**QUICK, **ROUNDING).apply(window)
     moved = 0
     for site in window.sites:
-        found, bounds = site.quantized, site.learned.bounds()
+        found, bounds = site.quantized, learned_by(site).bounds()
         nearest = quantize(site.weight, *bounds, SCHEME, site.scale_dtype)
         assert torch.equal(found.scale, nearest.scale)
         assert torch.equal(found.zero_point, nearest.zero_point)
@@ -143,7 +143,7 @@ def test_learned_rounding_takes_one_of_the_two_neighbouring_levels(window):
         inside = (steps > SCHEME.smallest_code) & (steps < SCHEME.largest_code)
         apart = (found.codes.float() - steps.flatten(1)).abs()[inside.flatten(1)]
         assert apart.max() <= 1 + 1e-5
-        assert site.learned.offset.detach().abs().max() <= 0.5
+        assert learned_by(site).offset.detach().abs().max() <= 0.5
     assert moved > 100
 
 
@@ -202,7 +202,7 @@ def test_a_search_starts_the_clipping_at_the_searched_bounds(window):
         expected = torch.stack(searched_bounds(site.weight, SCHEME, scale_dtype=site.scale_dtype))
         shrunken = torch.stack(group_bounds(site.weight, SCHEME)) * torch.tensor(INITIAL_LOGIT).sigmoid()
         limit = torch.minimum(expected.abs(), shrunken.abs())  # logits begin within what still has a gradient
-        torch.testing.assert_close(torch.stack(site.learned.bounds()).abs(), limit, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(torch.stack(learned_by(site).bounds()).abs(), limit, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["rounding", "weights"])
@@ -210,7 +210,7 @@ def test_gptq_gives_the_start_of_rounding_and_weights(window, kind):
     searched = learned_error(window, updates=0, init="search", **{kind: True})
     started = learned_error(window, updates=0, init="gptq", **{kind: True})
     assert started < searched
-    solved = GPTQ().solve(window, {site.parameter: site.learned.bounds() for site in window.sites})
+    solved = GPTQ().solve(window, {site.parameter: learned_by(site).bounds() for site in window.sites})
     for site in window.sites:
         assert torch.equal(site.quantized.codes, solved[site.name][0].codes)
     assert learned_error(window, init="gptq", lwc_lr=0.005, rounding_lr=0.06, **{kind: True}) < started
