@@ -16,7 +16,8 @@ from quantkit import display, judging, pruning_command
 from quantkit.errors import CheckFailure, UsageError, nearest
 from quantkit.failures import OneLine, alone, errors, launched
 from quantkit.flags import Device, Json, Memory, Output, Restart, Revision, Sparsity
-from quantkit.pruning_command import How, given, run, settings
+from quantkit.pruning_command import given, settings
+from quantkit.running import run
 
 app = typer.Typer(
     name="quantkit",
@@ -191,8 +192,17 @@ def quantize(
             prune=prune,
             options=settings(given({**learning, **pruning}), set_ or []),
         )
-        how = How(device=device, memory=memory, overwrite=overwrite, restart=restart, dry_run=dry_run, as_json=as_json)
-        run(chosen, output, team, how)
+        run(
+            chosen,
+            output,
+            team=team,
+            device=device,
+            memory=memory,
+            overwrite=overwrite,
+            restart=restart,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
 
 
 @app.command()

@@ -23,12 +23,14 @@ import torch
 from quantkit import host
 from quantkit.calibrate import sensitivity
 from quantkit.calibrate.engine import CHECK_SEQUENCES, CHECK_TOKENS
+from quantkit.model.writer import SHARD_BYTES
 from quantkit.workload import Workload
 
 LIBRARIES = 75e6  # what torch, tokenizers and safetensors allocate when they are first used
 COPIES_ROUNDED = 2.0  # float32 copies, codes and temporaries of a block that is rounded for comparison
 COPIES_TRAINED = 1.5  # fake-quantized weights and their gradients during an update
 COPIES_DISTILLED = 4.0  # float32 weights of one block that are made of codes, what is saved of that, and gradients
+COPIES_COPIED = 3  # of a tensor that is copied: as it is read, as it waits, and the bytes that safetensors makes of it
 COPIES_LOGITS = 6  # logits of a sequence, their logarithms and probabilities, of both models, and gradients
 BYTES_TRAINED = 20  # per number that is trained: value, gradient, two averages, and the best value so far
 BYTES_CODE, BYTES_SCALE = 1, 7  # codes; scale and zero point as they are stored, and the scale in float32
@@ -40,7 +42,7 @@ CALLS_PER_COLUMN = 12  # the same for each column that is rounded after others
 SWEEPS_PER_DRAW = 10  # elementwise operations on the logits when a token is drawn, some of them in float64
 CALLS_PER_STEP = 20  # operations for each linear while the model writes one token of a text
 SWEEPS_PER_ROUNDING = 10  # the same for one clipping of a block that is rounded to measure its loss
-HESSIAN_BYTES = 32  # per entry of a Hessian, its factor and what is between them, mostly in float64
+HESSIAN_BYTES = 25  # per entry of a Hessian: its sum, its mean, and two matrices in float64 while it is factored
 OVERHEAD = 1.3  # everything else
 
 
@@ -67,18 +69,17 @@ def host_memory(work: Workload, held: int) -> int:
     base = host.resident_memory() + LIBRARIES
     written = 2 * work.block_parameters * work.stored_bytes  # a shard, and the bytes that safetensors makes of it
     logits = 2 * 4 * CHECK_SEQUENCES * CHECK_TOKENS * work.vocabulary
-    outside = _outer(work) + logits
-    blocks = 0 if work.on_gpu else max(_window(work), _whole(work))
-    walk = min(held, stream_bytes(work)) + written + max(outside, blocks)
+    blocks = 0 if work.on_gpu else _blocks(work)
+    walk = min(held, stream_bytes(work)) + written + max(_outer(work) + logits, blocks)
     loaded = work.parameters * work.stored_bytes if work.on_gpu else writing_memory(work)
-    return int(base + max(walk, loaded if work.at_once else 0))
+    return int(base + max(walk, COPIES_COPIED * _copied(work), loaded if work.at_once else 0))
 
 
 def device_memory(work: Workload) -> int:
     """Return the predicted peak of GPU memory in bytes, 0 for a run on the CPU."""
     if not work.on_gpu:
         return 0
-    return int(max(batch_bytes(work) + max(_outer(work), _window(work), _whole(work)), writing_memory(work)))
+    return int(max(batch_bytes(work) + max(_outer(work), _blocks(work)), writing_memory(work)))
 
 
 def writing_memory(work: Workload) -> int:
@@ -174,8 +175,9 @@ def _fastest(work: Callable[[], object], device: torch.device) -> float:
 
 
 def stream_bytes(work: Workload) -> int:
-    """Return the size of all streams."""
-    return work.streams * work.samples * work.seqlen * work.width * (2 if work.on_gpu else 4)
+    """Return the size of all streams, and of the check sample's, which lags behind."""
+    check = -(-CHECK_SEQUENCES // work.batch_size) * batch_bytes(work)
+    return work.streams * work.samples * work.seqlen * work.width * (2 if work.on_gpu else 4) + check
 
 
 def kept_bytes(work: Workload, packed: int) -> int:
@@ -207,6 +209,19 @@ def _activations(work: Workload) -> int:
     return 2 * 4 * work.batch_size * work.seqlen * work.block_features
 
 
+def _copied(work: Workload) -> int:
+    """Return what of the parameters outside the blocks is in memory at once when they are copied: at most a shard."""
+    return min(work.outer_parameters * work.stored_bytes, SHARD_BYTES)
+
+
+def _blocks(work: Workload) -> float:
+    """Everything that the blocks take; the codes of all wait for a pass over the whole model."""
+    if work.whole is None:
+        return _window(work)
+    codes = work.blocks * (BYTES_CODE * work.block_parameters + BYTES_SCALE * work.block_scales)
+    return codes + max(_window(work), _whole(work))
+
+
 def _window(work: Workload) -> float:
     """Everything that a window of blocks takes while passes are applied to it."""
     learns = work.updates > 0
@@ -218,11 +233,9 @@ def _window(work: Workload) -> float:
 
 
 def _whole(work: Workload) -> float:
-    """Everything that a pass over the whole model takes; 0 if there is none."""
-    if work.whole is None:
-        return 0.0
-    codes = work.blocks * (BYTES_CODE * work.block_parameters + (BYTES_SCALE + BYTES_TRAINED) * work.block_scales)
+    """Everything that a pass over the whole model takes besides the codes."""
+    trained = work.blocks * BYTES_TRAINED * work.block_scales
     between = 4 * work.blocks * work.batch_size * work.seqlen * work.width
     logits = 4 * COPIES_LOGITS * work.seqlen * work.vocabulary
     weights = 4 * COPIES_DISTILLED * work.block_parameters
-    return codes + between + max(logits, weights + _activations(work)) + _outer(work)
+    return trained + between + max(logits, weights + _activations(work)) + _outer(work)

@@ -27,14 +27,13 @@ Allocation = Annotated[
         " (what costs the blocks' outputs least). (default: uniform)"
     ),
 ]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Begin anew instead of going on with an interrupted run of the same OUTPUT.")
+]
 Memory = Annotated[
     str | None,
     typer.Option(
         help="Most host memory to take, e.g. 8GiB; activations that do not fit go to the disk, the result is the"
         " same. (default: a share of what is free)"
     ),
-]
-Restart = Annotated[
-    bool,
-    typer.Option("--restart", help="Begin anew instead of going on with an interrupted run of the same OUTPUT."),
 ]

@@ -13,7 +13,7 @@ CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 def free_memory() -> int:
     """Return the bytes that this process can still take: what the machine has, and what its control groups allow."""
-    return max(0, min(int(psutil.virtual_memory().available), *_left_in_groups()))
+    return max(0, min([int(psutil.virtual_memory().available), *_left_in_groups()]))
 
 
 def resident_memory() -> int:

@@ -54,7 +54,8 @@ class Limits:
 
     def spilled(self, work: Workload) -> int:
         """Return how much of the streams is predicted to be spilled."""
-        return max(0, costs.stream_bytes(work) - self.held(work))
+        batch = costs.batch_bytes(work)
+        return max(0, costs.stream_bytes(work) - self.held(work) // batch * batch)
 
     def fits(self, work: Workload) -> bool:
         """Return whether the run fits, its streams spilled as far as need be."""

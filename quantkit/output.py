@@ -27,18 +27,21 @@ class Sink:
 
     Attributes:
         replaced: names of the source's tensors that something else takes the place of.
+        zeros: module name → weights of a linear that were pruned.
         written: tensor name → (safetensors dtype, shape) of everything that was written.
     """
 
     def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint, shards: Shards, *, rounds: bool = True) -> None:
-        """Begin with nothing; unless the run `rounds`, linears are written as the other parameters that changed are."""
+        """Begin with nothing; unless the run `rounds`, linears are among the parameters that a block changed."""
         self.skeleton, self.checkpoint, self.shards, self.rounds = skeleton, checkpoint, shards, rounds
         self.replaced: set[str] = set()
         self.written: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.zeros: dict[str, int] = {}
 
     def emit(self, block: Block) -> None:
         """Write the tensors that were made of a block under the names that the source gave them."""
         exporter = CompressedTensors()
+        self.zeros |= {site.name: int((~site.mask).sum()) for site in block.sites if site.mask is not None}
         for site in block.sites if self.rounds else ():
             assert site.quantized is not None, f"{site.name} was not rounded"
             prefix, _ = self._enter_site(site)

@@ -19,7 +19,6 @@ from quantkit.errors import OutputError
 from quantkit.evaluation.manifest import RECIPE, REPORT, tensor_manifest
 from quantkit.host import peak_memory
 from quantkit.keeping import Keeper, Shared
-from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.workspace import Workspace, clear_disk_errors
 from quantkit.model.writer import Shards, Writer
 from quantkit.output import Sink, as_json, write_side_files
@@ -129,8 +128,7 @@ def _run(
     watch.stage("calibrating")
     staged = any(not step.blocks_at_once for step in prepared.recipe.build_passes().values())
     with Writer(place.output, overwrite=overwrite, place=place, keep=_shards(journal, staged=staged)) as writer:
-        rounds = prepared.plan.rounds
-        sink = Sink(prepared.skeleton, checkpoint, writer.shards, rounds=rounds)
+        sink = Sink(prepared.skeleton, checkpoint, writer.shards, rounds=prepared.plan.rounds)
         keeper = Keeper(
             journal,
             Sink(prepared.skeleton, checkpoint, _staging(place, journal)) if staged else sink,
@@ -140,7 +138,7 @@ def _run(
             watch=watch,
             stop=stop,
         )
-        engine = _engine(prepared, checkpoint, Streams(prepared.plan.stream_bytes, place.made), tokens)
+        engine = material.engine(prepared, checkpoint, Streams(prepared.plan.stream_bytes, place.made))
         result = keeper.result(sink)
         prepared.team.say(result is not None)
         reports, sample, whole = result or _calibrate(engine, tokens, prepared, sink, keeper, watch)
@@ -171,8 +169,10 @@ def _follow(prepared: Prepared, output: Path) -> dict[str, Any]:
     prepared = material.share(prepared, checkpoint, tokens, None, Silent())
     if not team.say(None):  # only the writing is left
         beside = output.resolve().parent
-        streams = Streams(prepared.plan.stream_bytes, beside if beside.exists() else None)
-        engine = _engine(prepared, checkpoint, streams, tokens)
+        engine = material.engine(
+            prepared, checkpoint, Streams(prepared.plan.stream_bytes, beside if beside.exists() else None)
+        )
+        engine = with_samples(engine, prepared.recipe, tokens)
         engine.run(_batches(prepared, tokens), lambda block: None, Silent(), None, Shared(team))  # noqa: ARG005
     return {}
 
@@ -187,6 +187,7 @@ def _calibrate(
 ) -> tuple[list[BlockReport], CheckSample, dict[str, Any]]:
     """Walk over the blocks; return their reports, the check sample, and what passes over the whole model noted."""
     whole = dict[str, Any]()
+    engine = with_samples(engine, prepared.recipe, tokens)
     reports, sample = engine.run(_batches(prepared, tokens), sink.emit, watch, whole, Shared(prepared.team, keeper))
     keeper.note_result(sample, whole, sink)
     return reports, sample, whole
@@ -223,23 +224,6 @@ def _keep_first(journal: Journal, tokens: Tensor, hashes: Mapping[str, str]) -> 
     journal.note("source", dict(hashes))
     if journal.recall("tokens") is None:
         journal.note("tokens", {}, {"tokens": tokens})
-
-
-def _engine(prepared: Prepared, checkpoint: Checkpoint, streams: Streams, tokens: Tensor) -> Engine:
-    engine = Engine(
-        skeleton=prepared.skeleton,
-        checkpoint=checkpoint,
-        passes=list(prepared.recipe.build_passes().values()),
-        schemes=prepared.plan.schemes,
-        scale_dtype=prepared.plan.scale_dtype,
-        device=prepared.plan.device,
-        seed=prepared.recipe.seed,
-        rotation=prepared.rotation,
-        team=prepared.team,
-        streams=streams,
-        sparsity=prepared.plan.sparsity,
-    )
-    return with_samples(engine, prepared.recipe, tokens.split(prepared.recipe.calibration.batch_size))
 
 
 def _report(
@@ -284,7 +268,7 @@ def _report(
         "blocks": [asdict(block) for block in blocks],
         **({"allocation": plan.allocation.facts()} if plan.allocation else {}),
         **(
-            {"sparsity": pruned_facts(plan.shapes, plan.sparsity, blocks, sink.shards.directory)}
+            {"sparsity": pruned_facts(plan.shapes, plan.sparsity, sink.zeros, sink.shards.directory)}
             if plan.sparsity
             else {}
         ),

@@ -205,7 +205,9 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device, memory: 
         sparsity=sparsities.assign({name: linears[name] for name in schemes}, step) if step else {},
         rounds=not recipe.dense,
         presets=presets,
-        refusal=limits.refusal(work, [(name, others[name]) for name in reversed(others) if others[name] is not work]),
+        refusal=limits.refusal(
+            work, [(name, others[name]) for name in reversed(LEARNED) if others.get(name, work) is not work]
+        ),
         formats=tuple(conversion.further(recipe.formats)),
         notes=(
             *_family_notes(skeleton, schemes, budget),

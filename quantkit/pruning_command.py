@@ -1,17 +1,14 @@
 """The command `prune`: weights become zero, and stay in the dtype that the model has."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from quantkit import display
 from quantkit.errors import UsageError
 from quantkit.failures import errors, launched
 from quantkit.flags import Allocation, Device, Json, Memory, Restart, Revision, Sparsity
-from quantkit.interrupts import asked_once
-from quantkit.units import parse_size
+from quantkit.running import run
 
 
 def prune(
@@ -55,13 +52,13 @@ def prune(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. (default: 0)")] = None,
     device: Device = None,
-    memory: Memory = None,
     revision: Revision = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe, as saved beside a model; flags change it.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUTPUT; the old one is kept until the new one is whole.")
     ] = False,
     restart: Restart = False,
+    memory: Memory = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; compute nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -85,8 +82,17 @@ def prune(
         chosen = _recipe(
             model, recipe, given(text), method, settings(given({**options, "recover": recover}), set_ or [])
         )
-        how = How(device=device, memory=memory, overwrite=overwrite, restart=restart, dry_run=dry_run, as_json=as_json)
-        run(chosen, output, team, how)
+        run(
+            chosen,
+            output,
+            team=team,
+            device=device,
+            memory=memory,
+            overwrite=overwrite,
+            restart=restart,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
 
 
 def _recipe(
@@ -103,43 +109,6 @@ def _recipe(
     if model is not None:
         return from_defaults(model, {**changes, "dense": True}, prune=method, options=options)
     raise UsageError("name a model: quantkit prune MODEL -o DIRECTORY (quantkit list models shows aliases)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class How:
-    """The flags that decide how a run goes, but not what it makes."""
-
-    device: str | None
-    memory: str | None
-    overwrite: bool
-    restart: bool
-    dry_run: bool
-    as_json: bool
-
-
-def run(recipe: Any, output: Path | None, team: Any, how: How) -> None:  # noqa: ANN401  a Recipe, and a Team or None
-    """Do what a recipe says, or show what it would do, and show what came of it."""
-    from quantkit.pipeline import execute, prepare
-
-    if not how.dry_run and output is None:
-        raise UsageError("say where to write with -o DIRECTORY, or look first with --dry-run")
-    leads = team is None or team.leads
-    if output is not None and leads:
-        from quantkit.model.writer import refuse_existing
-
-        refuse_existing(output, overwrite=how.overwrite)
-    prepared = prepare(recipe, how.device, parse_size(how.memory), team)
-    if how.dry_run or output is None:
-        if leads:
-            display.plan(prepared.plan, prepared.recipe, as_json=how.as_json)
-        return
-    with (
-        display.QuantizeProgress(prepared.recipe, quiet=how.as_json or not leads) as progress,
-        asked_once(display.warned if leads else lambda _: None) as stop,
-    ):
-        report = execute(prepared, output, overwrite=how.overwrite, restart=how.restart, progress=progress, stop=stop)
-    if leads:
-        display.quantized(output, report, as_json=how.as_json)
 
 
 def settings(flags: dict[str, Any], more: list[str]) -> dict[str, Any]:

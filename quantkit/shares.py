@@ -24,9 +24,9 @@ from quantkit.core import masks
 from quantkit.core.allocate import Option, allocate
 from quantkit.core.masks import Sparsity
 from quantkit.core.mfac import BlockFisher, saliency
-from quantkit.costs import free_memory
 from quantkit.errors import UsageError
 from quantkit.evaluation.loading import load_model
+from quantkit.host import free_memory
 from quantkit.model.block import Site
 from quantkit.planning import Plan
 from quantkit.pruners._pruner import Allocation
@@ -62,11 +62,12 @@ def allocated(
     return {name: Sparsity(share=dropped[name] / sizes[name]) for name in sizes}
 
 
-def with_samples(engine: Engine, recipe: Recipe, batches: Sequence[Tensor]) -> Engine:
+def with_samples(engine: Engine, recipe: Recipe, tokens: Tensor) -> Engine:
     """Return the engine, with what gradients of the whole model's loss are made of if its pruner asks for them."""
     step = pruner_of(recipe.build_passes())
     if not isinstance(step, MFAC) or step.loss != "model":
         return engine
+    batches = tokens.split(recipe.calibration.batch_size)  # all of them, in every process
     model, _ = load_model(recipe.model, revision=recipe.revision, device="cpu")
     found = model_samples(model, [*engine.sparsity], batches, gradients=step.gradients, tokens=step.tokens)
     return replace(engine, samples=found)
@@ -83,7 +84,7 @@ def refuse_too_large(plan: Plan, recipe: Recipe) -> None:
         return
     tokens = min(step.tokens, plan.samples * plan.seqlen)
     needed = 4 * (plan.parameters + tokens * sum(sum(plan.shapes[name]) for name in plan.sparsity))
-    free = free_memory(torch.device("cpu"))
+    free = free_memory()
     if needed > free:
         raise UsageError(
             f"loss=model needs the whole model and what reaches its linears, {needed / 1e9:.1f} GB of memory where "

@@ -1,7 +1,7 @@
 """Which linears a run prunes, how much of each, and what came of it in bytes."""
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from quantkit.calibrate.passes import Pass, Phase
-from quantkit.calibrate.walk import BlockReport
 from quantkit.core.masks import Sparsity
 from quantkit.errors import UsageError
 from quantkit.pruners._pruner import Pruner
@@ -53,20 +52,16 @@ def assign(linears: Mapping[str, nn.Module], step: Pruner) -> dict[str, Sparsity
 
 
 def pruned_facts(
-    shapes: Mapping[str, tuple[int, int]],
-    sparsity: Mapping[str, Sparsity],
-    blocks: Sequence[BlockReport],
-    directory: Path,
+    shapes: Mapping[str, tuple[int, int]], sparsity: Mapping[str, Sparsity], zeros: Mapping[str, int], directory: Path
 ) -> dict[str, Any]:
     """Return what the report says of pruning.
 
     Args:
         shapes: of every linear of the run, by module name.
         sparsity: what was asked of each that is pruned.
-        blocks: what happened to each block.
+        zeros: how many weights of each were dropped.
         directory: that of the written shards.
     """
-    zeros = {name: number for block in blocks for name, number in block.pruned.items()}
     sizes = {name: shapes[name][0] * shapes[name][1] for name in zeros}
     return {
         "share": sum(zeros.values()) / max(sum(sizes.values()), 1),

@@ -10,7 +10,6 @@ from rich.console import Console
 from quantkit import display, host
 from quantkit.calibrate.walk import BlockReport
 from quantkit.recipe import Recipe
-from quantkit.units import human_time
 
 NOTES = {"fallback": "rtn, because training diverged", "diverged": "after 2 passes over the batches"}
 
@@ -96,11 +95,3 @@ def test_a_plan_that_does_not_fit_says_so(monkeypatch, capsys):
     facts = display.plan_facts(prepared.plan, prepared.recipe)
     assert facts["refusal"] == prepared.plan.refusal
     assert [cost["fits"] for cost in facts["presets"]] == [False] * 3
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.25, "0.2 s"), (59, "59 s"), (600, "10 min"), (3 * 3600, "3 h 00 min"), (90 * 3600, "4 days")],
-)
-def test_durations(seconds, text):
-    assert human_time(seconds) == text

@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from quantkit.calibrate.text import Corpus
 from quantkit.errors import DataError, ModelError
 
+AT_ONCE = 64  # documents that are tokenized together
+
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer.
@@ -82,8 +84,12 @@ def evaluation_windows(
 
 def _tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> list[int]:
     # verbose=False: a stream is longer than the model's context on purpose, no warning is due
-    encoded = tokenizer(list(documents), add_special_tokens=not corpus.stream, verbose=False)["input_ids"]
-    return list(chain.from_iterable(encoded))
+    tokens: list[int] = []
+    for start in range(0, len(documents), AT_ONCE):  # a tokenizer notes hundreds of bytes about each token
+        some = list(documents[start : start + AT_ONCE])
+        encoded = tokenizer(some, add_special_tokens=not corpus.stream, verbose=False)["input_ids"]
+        tokens += chain.from_iterable(encoded)
+    return tokens
 
 
 def _draw(
@@ -95,10 +101,10 @@ def _draw(
         return windows[torch.randperm(len(windows), generator=generator)[:count]]
     tokens: list[int] = []
     order = torch.randperm(len(corpus.documents), generator=generator).tolist()
-    for start in range(0, len(order), 64):  # tokenize only as much as is needed
+    for start in range(0, len(order), AT_ONCE):  # tokenize only as much as is needed
         if len(tokens) >= count * seqlen:
             break
-        tokens += _tokenize(corpus, tokenizer, [corpus.documents[i] for i in order[start : start + 64]])
+        tokens += _tokenize(corpus, tokenizer, [corpus.documents[i] for i in order[start : start + AT_ONCE]])
     whole = min(count, len(tokens) // seqlen)
     return torch.tensor(tokens[: whole * seqlen], dtype=torch.int64).view(whole, seqlen)
 

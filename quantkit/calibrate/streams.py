@@ -3,7 +3,10 @@
 A stream holds one tensor per batch. What does not fit the budget is written to a chunk of one file that has no name
 where the system allows that, so nothing stays behind however the process ends. Reading maps the chunk for as long as
 its tensor is used: its pages are the system's to drop, and no more than the batch in use is resident. Where a tensor
-lies changes nothing about it: either way it is contiguous, on the CPU, and aligned to what torch aligns to.
+lies changes nothing about it: either way it is contiguous, on the CPU, and begins with a page.
+
+What fits has pages of its own too. Among everything that a block allocates and frees meanwhile the C library would
+leave holes as large as the streams themselves: 537 MB of them made 1.1 GB resident.
 
 Streams that begin as one share their tensors, and a chunk is not written again while anybody can read it.
 """
@@ -151,7 +154,9 @@ class _Held:
     """A tensor in memory."""
 
     def __init__(self, streams: Streams, tensor: Tensor) -> None:
-        self.streams, self.tensor = streams, tensor
+        memory = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
+        self.streams = streams
+        self.tensor = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
         streams.held += tensor.nbytes
 
     def __del__(self) -> None:

@@ -28,14 +28,12 @@ class BlockReport:
             where a pass prunes; where no pass rounds the same as `error`.
         error: the same with the weights that were kept.
         notes: what the passes noted.
-        pruned: how many weights of each linear were dropped, by full module name.
     """
 
     index: int
     error_rtn: float
     error: float
     notes: Mapping[str, object] = field(default_factory=dict)
-    pruned: Mapping[str, int] = field(default_factory=dict)
 
 
 class Listener(Protocol):
@@ -104,12 +102,13 @@ class Walk:
         while len(self.blocks) < min(self.span, self.total - index):
             self._take_in(index + len(self.blocks))
             fresh += 1
-        told = self._prune(index, fresh) if fresh else {}
+        pruned = self._prune(index, fresh) if fresh else {}
         block, alone = self.blocks[0], self._window(index, count=1)
         error_rtn = alone.error(rounded_to_nearest(block.sites)) if self.rounds else 0.0
         if fresh:
-            self.notes = {**told, **self._optimise(index, fresh, error_rtn)}
-        self._finish(block)
+            self.notes = {**pruned, **self._optimise(index, fresh, error_rtn)}
+        for site in block.sites:
+            finish_site(site, block, rounded=self.rounds)
 
         def keep(batch: int, output: Tensor) -> None:
             self.actual[batch] = output
@@ -118,8 +117,7 @@ class Walk:
         self._advance_plain(alone)
         del self.blocks[0], self.references[0]
         bar = error_rtn if self.rounds else error
-        pruned = {site.name: int((~site.mask).sum()) for site in block.sites if site.mask is not None}
-        return block, BlockReport(index=index, error_rtn=bar, error=error, notes=self.notes, pruned=pruned)
+        return block, BlockReport(index=index, error_rtn=bar, error=error, notes=self.notes)
 
     def _prune(self, index: int, fresh: int) -> dict[str, object]:
         """Apply the passes that prune to the window, before anything is measured of rounding; return their notes."""
@@ -130,10 +128,6 @@ class Walk:
         unite(self.team, window.blocks, sliding=True)
         return window.notes
 
-    def _finish(self, block: Block) -> None:
-        for site in block.sites:
-            finish_site(site, block, rounded=self.rounds)
-
     @torch.no_grad()
     def replay(self, index: int, restore: Callable[[Block], BlockReport]) -> tuple[Block, BlockReport]:
         """Go past block `index`, which an earlier process finished, by the same operations, so that bytes are the same.
@@ -143,7 +137,8 @@ class Walk:
         self._take_in(index)
         (block,) = self.blocks
         report = restore(block)
-        self._finish(block)
+        for site in block.sites:
+            finish_site(site, block, rounded=self.rounds)
         alone = self._window(index, count=1)
         for batch in range(len(self.actual)):
             self.actual[batch] = alone.forward(batch, student=True)

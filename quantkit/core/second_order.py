@@ -61,8 +61,11 @@ class Curvature:
         dead = matrix.diagonal() == 0
         matrix.diagonal()[dead] = mean
         # seen from its other end a lower factor is an upper one, so Cholesky's of the reversed matrix is what is wanted
-        factor, damp = _lower_factor(matrix.flip(0, 1), mean, damp)
+        matrix = matrix.flip(0, 1)
+        factor, damp = _lower_factor(matrix, mean, damp)
+        del matrix  # the largest tensors of a run, for wide linears
         upper = factor.flip(0, 1)
+        del factor
         roots = upper.diagonal().clone()
         upper /= roots
         pivots = roots.square().masked_fill(dead, 0).float()
@@ -70,11 +73,14 @@ class Curvature:
 
 
 def _lower_factor(matrix: Tensor, mean: float, damp: float) -> tuple[Tensor, float]:
-    """Return the Cholesky factor of `matrix` + `damp` * `mean` on the diagonal, and the damp with which it has one."""
+    """Return the Cholesky factor of `matrix` + `damp` * `mean` on the diagonal, and the damp with which it has one.
+
+    The diagonal of `matrix` is changed.
+    """
+    diagonal = matrix.diagonal().clone()
     while True:
-        damped = matrix.clone()
-        damped.diagonal().add_(damp * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        matrix.diagonal().copy_(diagonal + damp * mean)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
             return factor, damp
         damp = max(10 * damp, 1e-6)

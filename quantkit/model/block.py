@@ -104,7 +104,7 @@ class Block:
     activations: Activations | None = None
 
     def state(self) -> dict[str, Tensor]:
-        """Return what passes may have changed or decided but `changed`: parameters, masks, codes, what is learned."""
+        """Return all that passes may have changed or decided but `changed`: parameters, codes, what is learned."""
         tensors = {f"parameter/{name}": parameter.detach() for name, parameter in self.module.named_parameters()}
         for site in self.sites:
             for part in _PARTS if site.quantized else ():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.passes import Phase, Window
 from quantkit.core.affine import stored
 from quantkit.core.qtensor import QuantizedTensor
@@ -83,6 +84,7 @@ class Distill:
         norms = {name: _Norm(block, local) for block in window.blocks for name, local in self._norm_names(block)}
 
         def run(place: int, batch: int, hidden: Tensor) -> Tensor:
+            release_freed()  # what the block before freed lies in pieces, and all blocks' pieces together are much
             own = f"{window.blocks[place].name}."
             parameters = {name: made() for name, made in {**scales, **norms}.items() if name.startswith(own)}
             return window.step(place, batch, hidden, parameters, student=True)

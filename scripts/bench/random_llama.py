@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from quantkit.resources import data_dir
 
 
-def write(
+def write(  # noqa: PLR0913
     directory: Path,
     layers: int,
     width: int,
@@ -20,12 +20,13 @@ def write(
     inner: int | None = None,
     heads: int | None = None,
     kv_heads: int | None = None,
+    vocabulary: int | None = None,
 ) -> None:
     """Write it, in bfloat16 and in shards of at most 500 MB; what is None follows from the width."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(data_dir("model_zoo") / "tiny")
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary or len(tokenizer),
         hidden_size=width,
         intermediate_size=inner or width * 11 // 4 // 128 * 128,
         num_hidden_layers=layers,
