@@ -172,9 +172,8 @@ def _follow(prepared: Prepared, output: Path) -> dict[str, Any]:
         engine = material.engine(
             prepared, checkpoint, Streams(prepared.plan.stream_bytes, beside if beside.exists() else None)
         )
-        batches = _batches(prepared, tokens)
-        engine = with_samples(engine, prepared.recipe, batches)
-        engine.run(batches, lambda block: None, Silent(), None, Shared(team))  # noqa: ARG005
+        engine = with_samples(engine, prepared.recipe, tokens)
+        engine.run(_batches(prepared, tokens), lambda block: None, Silent(), None, Shared(team))  # noqa: ARG005
     return {}
 
 
@@ -187,9 +186,9 @@ def _calibrate(
     engine: Engine, tokens: Tensor, prepared: Prepared, sink: Sink, keeper: Keeper, watch: Timed
 ) -> tuple[list[BlockReport], CheckSample, dict[str, Any]]:
     """Walk over the blocks; return their reports, the check sample, and what passes over the whole model noted."""
-    batches, whole = _batches(prepared, tokens), dict[str, Any]()
-    engine = with_samples(engine, prepared.recipe, batches)
-    reports, sample = engine.run(batches, sink.emit, watch, whole, Shared(prepared.team, keeper))
+    whole = dict[str, Any]()
+    engine = with_samples(engine, prepared.recipe, tokens)
+    reports, sample = engine.run(_batches(prepared, tokens), sink.emit, watch, whole, Shared(prepared.team, keeper))
     keeper.note_result(sample, whole, sink)
     return reports, sample, whole
 

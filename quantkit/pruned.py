@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.keywords import make_recipe
 from quantkit.pipeline import Progress, execute, prepare
-from quantkit.recipe import DEFAULT_PRUNER, Recipe, from_defaults
+from quantkit.recipe import DEFAULT_PRUNER, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +51,7 @@ def prune(  # noqa: PLR0913
         QuantkitError: see `quantkit.errors`; nothing was written then.
     """
     if not isinstance(model, Recipe):
-        named = {"text" if name == "calibration" else name: value for name, value in fields.items()}
-        changes = {name: str(value) if isinstance(value, Path) else value for name, value in named.items()}
         own = {"sparsity": sparsity, **(options or {})}
-        model = from_defaults(str(model), {**changes, "dense": True}, prune=method, options=own)
+        model = make_recipe(model, prune=method, options=own, dense=True, **fields)
     report = execute(prepare(model, device), Path(output), overwrite=overwrite, progress=progress)
     return Pruned(output=Path(output), report=report)

@@ -62,11 +62,12 @@ def allocated(
     return {name: Sparsity(share=dropped[name] / sizes[name]) for name in sizes}
 
 
-def with_samples(engine: Engine, recipe: Recipe, batches: Sequence[Tensor]) -> Engine:
+def with_samples(engine: Engine, recipe: Recipe, tokens: Tensor) -> Engine:
     """Return the engine, with what gradients of the whole model's loss are made of if its pruner asks for them."""
     step = pruner_of(recipe.build_passes())
     if not isinstance(step, MFAC) or step.loss != "model":
         return engine
+    batches = tokens.split(recipe.calibration.batch_size)  # all of them, in every process
     model, _ = load_model(recipe.model, revision=recipe.revision, device="cpu")
     found = model_samples(model, [*engine.sparsity], batches, gradients=step.gradients, tokens=step.tokens)
     return replace(engine, samples=found)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.calibrate.passes import Window
+from quantkit.calibrate.team import Team
 from quantkit.model.block import Site
 
 
@@ -60,7 +61,9 @@ def gradient_samples(
         tokens: the most tokens that are looked at.
         scale: what the errors of each token are divided by in the loss, (batch, tokens, 1) for every batch; None: 1.
     """
-    generator = torch.Generator().manual_seed(window.seed)
+    team = window.team
+    generator = torch.Generator().manual_seed(window.seed + team.rank)
+    gradients, tokens = max(1, gradients // team.size), max(1, tokens // team.size)
     found: dict[str, list[tuple[Tensor, Tensor]]] = {site.name: [] for site in sites}
     seen = 0
     for batch, hidden in enumerate(window.inputs):
@@ -69,7 +72,25 @@ def gradient_samples(
         seen += hidden.shape[:2].numel()
         for name, pair in _of_batch(window, batch, sites, generator, scale).items():
             found[name].append(pair)
-    return {name: _grouped(pairs, gradients, tokens) for name, pairs in found.items() if pairs}
+    own = {name: _grouped(pairs, gradients, tokens) for name, pairs in found.items() if pairs}
+    return own if team.alone else _of_all(own, team)
+
+
+def _of_all(own: Mapping[str, Samples], team: Team) -> dict[str, Samples]:
+    """Return the gradients of all processes, of the linears and in the sizes that all of them have."""
+    parts: dict[str, list[Samples]] = {}
+    for rank in range(team.size):
+        tensors = {f"{kind}/{name}": getattr(s, kind) for name, s in own.items() for kind in ("inputs", "slopes")}
+        given = team.give(tensors if rank == team.rank else None, source=rank)
+        for key in given:
+            kind, _, name = key.partition("/")
+            if kind == "inputs":
+                parts.setdefault(name, []).append(Samples(inputs=given[key], slopes=given[f"slopes/{name}"]))
+    return {
+        name: Samples(inputs=torch.cat([p.inputs for p in found]), slopes=torch.cat([p.slopes for p in found]))
+        for name, found in parts.items()
+        if len({p.inputs.shape for p in found}) == 1
+    }
 
 
 @torch.enable_grad()

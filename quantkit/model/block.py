@@ -127,7 +127,8 @@ class Block:
                 if f"{part}/{site.local_name}" in tensors:
                     parts[part] = tensors[f"{part}/{site.local_name}"].to(device)
             site.quantized = None if parts["codes"] is None else QuantizedTensor(**parts, scheme=site.scheme)
-            site.mask = tensors.get(f"mask/{site.local_name}")
+            mask = tensors.get(f"mask/{site.local_name}")
+            site.mask = None if mask is None else mask.to(device)
             learned = {key.removeprefix(prefix): v.to(device) for key, v in tensors.items() if key.startswith(prefix)}
             site.learned = learned or None
 

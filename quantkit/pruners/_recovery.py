@@ -48,6 +48,7 @@ def recover(window: Window, sites: Sequence[Site], updates: int) -> None:
         tick=window.tick,
         schedule="linear",
         generator=torch.Generator().manual_seed(window.seed),
+        team=window.team,
     )
     with torch.no_grad():
         learned = {name: made() for name, made in kept.items()}

@@ -246,6 +246,6 @@ def test_mfac_prunes_by_the_models_loss(tmp_path, monkeypatch):
     report = quantkit.prune("tiny", method="mfac", options=options, output=tmp_path / "out", **text).report
     assert report["sparsity"]["share"] == 0.5
     assert not any(note.startswith("magnitude") for block in report["blocks"] for note in block["notes"])
-    monkeypatch.setattr("quantkit.shares.free_memory", lambda device: 1000)
+    monkeypatch.setattr("quantkit.shares.free_memory", lambda: 1000)
     with pytest.raises(UsageError, match="loss=model needs the whole model and what reaches its linears"):
         quantkit.prune("tiny", method="mfac", options=options, output=tmp_path / "b", **text)

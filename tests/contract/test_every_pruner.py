@@ -90,7 +90,7 @@ def test_what_was_pruned_is_exactly_zero_after_every_quantizer(quantizer, scheme
     passes = {"wanda": {"sparsity": "2:4"}, **QUANTIZERS[quantizer]}
     recipe = Recipe(model="tiny", scheme=QuantScheme.parse(scheme), passes=passes, calibration=TEXT)
     report = quantkit.quantize(recipe, output=tmp_path / "out", device="cpu").report
-    assert len(seen) == LINEARS
+    assert len(seen) >= LINEARS  # twice where blocks wait for passes over the whole model
     for weight in seen:
         zeros = (weight.dequantize().view(len(weight.codes), -1, 4) == 0).sum(-1)
         assert (zeros >= 2).all()
