@@ -37,7 +37,7 @@ CALIBRATION = Calibration(text="embedded", samples=4, seqlen=32)
 
 def start(output, *, after=None, restart=False, overwrite=False, **options):
     """Do a run of the embedded model, stopped behind block `after` if one is given."""
-    recipe = options if isinstance(options, Recipe) else quantkit.api.make_recipe("tiny", **(options or RTN))
+    recipe = options if isinstance(options, Recipe) else quantkit.make_recipe("tiny", **(options or RTN))
     prepared, blocks = prepare(recipe, "cpu"), []
 
     class Count(Silent):
@@ -128,7 +128,7 @@ def test_what_is_finished_is_not_finished_again(stopped):
         def block(self, report):
             diary.append(report.index)
 
-    execute(prepare(quantkit.api.make_recipe("tiny", **RTN), "cpu"), stopped, progress=Diary())
+    execute(prepare(quantkit.make_recipe("tiny", **RTN), "cpu"), stopped, progress=Diary())
     assert [entry for entry in diary if isinstance(entry, int)] == [3, 4]
     assert diary[diary.index("calibrating") :] == ["calibrating", "catching up", "calibrating", 3, 4, "writing"]
 
@@ -260,7 +260,7 @@ def test_a_damaged_window_is_refused(output):
 
 def test_other_weights_are_refused(tmp_path):
     shutil.copytree(data_dir("model_zoo") / "tiny", tmp_path / "model")
-    recipe = quantkit.api.make_recipe(tmp_path / "model", **RTN | {"text": "embedded"})
+    recipe = quantkit.make_recipe(tmp_path / "model", **RTN | {"text": "embedded"})
     prepared = prepare(recipe, "cpu")
     asked = iter([True])
     with pytest.raises(Stopped):
