@@ -1,11 +1,13 @@
 """What belongs to the user's process is left as it was found, and does not decide a result."""
 
+import copy
 import gc
 import logging
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import warnings
@@ -24,12 +26,27 @@ import quantkit
 from quantkit.errors import QuantkitError
 
 FEW = {"method": "rtn", "wbits": 4, "group_size": 32, "samples": 2, "seqlen": 16, "calibration": "embedded"}
+TEXT = {"samples": 2, "seqlen": 16, "calibration": "embedded"}
 LEARNING = {**FEW, "method": "omniquant", "options": {"updates": 1}}
+DRAWS = f"""
+import random, sys
+import quantkit
+random.seed(7)
+before = random.getstate()
+out = sys.argv[1] + "/out"
+fields = {LEARNING | {"method": None, "options": {"updates": 1, "distill.updates": 1}}!r}
+quantkit.quantize("tiny", output=out, **fields)
+quantkit.check(out, against="tiny", windows=1, seqlen=16)
+quantkit.generate(out, "Once", max_new_tokens=2, temperature=1.0)
+print(random.getstate() == before)
+"""
+LINEAR = torch.nn.Linear(8, 8)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
 
 
 def generators():
-    state = {"python": random.getstate(), "numpy": repr(np.random.get_state()), "torch": torch.get_rng_state().tolist()}
+    """Return the state of every global generator but Python's, from which the type checks of the tests draw."""
+    state = {"numpy": repr(np.random.get_state()), "torch": torch.get_rng_state().tolist()}
     if torch.cuda.is_available():
         state["cuda"] = [each.tolist() for each in torch.cuda.get_rng_state_all()]
     return state
@@ -84,7 +101,7 @@ def loggers():
         "transformers": (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()),
         "hub": are_progress_bars_disabled(),
         "datasets": datasets.utils.logging.get_verbosity(),
-        "bars": tqdm.tqdm.__init__,
+        "bars": vars(tqdm.tqdm)["__init__"],
     }
 
 
@@ -124,6 +141,9 @@ VERBS = {
     "generate, drawn": lambda room: quantkit.generate(room / "w4", "Once", max_new_tokens=2, temperature=1.0),
     "export, gptq": lambda room: quantkit.export(room / "w4", format="gptq", to=room / "gptq", overwrite=True),
     "export, gguf": lambda room: quantkit.export(room / "w4", format="gguf", to=room / "gguf", overwrite=True),
+    "prune": lambda room: quantkit.prune("tiny", output=room / "out", method="wanda", **TEXT),
+    "prune_module": lambda _: quantkit.prune_module(copy.deepcopy(LINEAR), sparsity=0.5),
+    "apply_masks": lambda _: quantkit.apply_masks(copy.deepcopy(LINEAR), {"weight": torch.eye(8).bool()}),
     "load": lambda room: quantkit.load(room / "w4"),
     "load, refused": lambda _: quantkit.load("tiny"),
 }
@@ -146,7 +166,8 @@ def test_every_public_verb_is_here():
 @pytest.mark.parametrize("look", [generators, torch_flags, process, loggers], ids=lambda look: look.__name__)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_leaves_what_it_finds(verb, look, work):
-    random.seed(7), np.random.seed(7), torch.manual_seed(7)
+    np.random.seed(7)
+    torch.manual_seed(7)
     before = look()
     call(verb, work)
     assert differences(before, look()) == set()
@@ -222,8 +243,16 @@ def test_the_users_settings_do_not_decide_a_result(setting, usual, work):
     assert found == usual
 
 
+@pytest.mark.slow
+def test_pythons_generator_is_left_as_it_was(tmp_path):
+    told = subprocess.run([sys.executable, "-c", DRAWS, tmp_path], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "True"
+
+
 def test_the_users_generators_do_not_decide_a_result(usual, work):
-    random.seed(123), np.random.seed(123), torch.manual_seed(123)
+    random.seed(123)
+    np.random.seed(123)
+    torch.manual_seed(123)
     assert results(work) == usual
 
 
