@@ -1,7 +1,9 @@
 """One run from a recipe to a directory: everything is refused in `prepare`, everything is computed in `execute`."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,7 +98,7 @@ def execute(
     refuse_what_cannot_work(prepared, output, overwrite=overwrite)
     if not prepared.team.leads:
         return _follow(prepared, output)
-    with Workspace(output) as place:
+    with Workspace(output) as place, _random_kept():
         if prepared.team.say(place.finished and not restart):
             return _finished(prepared, place)
         journal = Journal(place.run, identity(prepared), restart=restart)
@@ -107,6 +109,16 @@ def execute(
                 done = f", behind block {journal.finished - 1}" if journal.finished else ""
                 error.add_note(f"the same command goes on{done}")
             raise
+
+
+@contextmanager
+def _random_kept() -> Iterator[None]:
+    """Leave Python's global generator as it was: torch draws from it when an optimizer is first used."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def _run(
