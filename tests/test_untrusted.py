@@ -154,6 +154,16 @@ def test_code_of_a_checkpoint_is_never_run(model, tmp_path):
     assert not trace.exists()
 
 
+def test_a_dtype_that_is_none(model):
+    change(model / "config.json", dtype=[])
+    assert "config.json cannot be used" in refusal(ModelError, quantkit.plan, model, **FEW)
+
+
+def test_a_token_number_that_is_no_int64(written):
+    change(written / "generation_config.json", suppress_tokens=[2**70])
+    assert "generation_config.json" in refusal(ModelError, quantkit.generate, written, "Once", max_new_tokens=1)
+
+
 # --- tokenizers
 
 
@@ -236,6 +246,15 @@ def test_a_report_of_an_older_version_is_read(written):
     assert quantkit.check(written).faults == ()
 
 
+def test_a_tensor_whose_name_has_lines_is_told_in_one(written):
+    shard = written / "model-00002-of-00006.safetensors"
+    tensors = load_file(shard)
+    save_file({f"{name}\n" if name.endswith("up_proj.weight_scale") else name: t for name, t in tensors.items()}, shard)
+    faults = quantkit.check(written).faults
+    assert faults
+    assert all(fault.isprintable() for fault in faults)
+
+
 # --- mixes, recipes, architectures
 
 
@@ -256,6 +275,17 @@ def test_a_mix_that_leads_elsewhere_or_says_nothing_usable(tmp_path, entry):
     mix = tmp_path / "mixes" / "mix.toml"
     mix.write_text(f'description = "a"\n[[sources]]\n{entry}\n')
     assert "is not a calibration mix" in refusal(UsageError, Mix.load, mix)
+
+
+def test_a_text_whose_name_no_file_can_have(tmp_path):
+    (tmp_path / "mix.toml").write_text(f'description = "a"\n[[sources]]\nfile = "{"x" * 5000}"\n')
+    assert "there is no text file" in refusal(DataError, quantkit.evaluate, "tiny", text=tmp_path / "mix.toml")
+    assert "unknown text" in refusal(UsageError, quantkit.evaluate, "tiny", text="x" * 5000)
+
+
+def test_a_glob_that_is_none(tmp_path):
+    (tmp_path / "recipe.toml").write_text('model = "tiny"\nignore = [["*.up_proj"]]\n')
+    assert "ignore must be a list of globs" in refusal(UsageError, Recipe.from_toml, tmp_path / "recipe.toml")
 
 
 def test_a_text_that_fills_no_memory(tmp_path):
@@ -282,6 +312,14 @@ def test_an_architecture_that_names_modules_that_are_not_there(tmp_path, monkeyp
     monkeypatch.setattr(architecture, "architectures", lambda: (read,))
     told = refusal(UsageError, quantkit.plan, "tiny", **{**FEW, "method": "omniquant"}, options={"let": True})
     assert "llama.toml does not fit the model" in told
+
+
+def test_an_architecture_whose_groups_share_no_input(tmp_path, monkeypatch):
+    text = (ZOO / "architectures" / "llama.toml").read_text().replace('"mlp.up_proj"]', '"mlp.down_proj"]')
+    (tmp_path / "llama.toml").write_text(text)
+    read = Architecture.read(tmp_path / "llama.toml")
+    monkeypatch.setattr(architecture, "architectures", lambda: (read,))
+    assert "different widths, [128, 384]" in refusal(UsageError, quantkit.plan, "tiny", **{**FEW, "method": "awq"})
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "training_args.bin", "optimizer.pkl"])

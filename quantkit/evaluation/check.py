@@ -12,7 +12,7 @@ from torch import Tensor
 from quantkit.ambient import usual_settings
 from quantkit.calibrate.data import evaluation_windows, refuse_unknown_tokens
 from quantkit.calibrate.text import Corpus, read_text
-from quantkit.errors import ModelError, UsageError
+from quantkit.errors import ModelError, UsageError, one_line
 from quantkit.evaluation.coverage import Coverage, coverage, report_faults, size_faults
 from quantkit.evaluation.divergence import divergence
 from quantkit.evaluation.documents import Documents, Report, Sample, at_most, read_documents, side_file_faults
@@ -120,7 +120,7 @@ def check(  # noqa: PLR0913
             quantize_activations(model, next(iter(quantization.schemes.values())), dense=quantization.ignore)
         rows = _windows(corpora, tokenizer, model, seqlen, windows)
         _compare(model, load_model(against, device=device)[0], rows, found, say)
-    return CheckResult(faults=tuple(dict.fromkeys(found.faults)), facts=_finite(found.facts))
+    return CheckResult(faults=tuple(dict.fromkeys(map(one_line, found.faults))), facts=_finite(found.facts))
 
 
 def _check_zeros(model: Model, zeros: Mapping[str, int], found: _Findings) -> None:
