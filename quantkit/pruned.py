@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.ambient import usual_settings
 from quantkit.keywords import make_recipe
 from quantkit.pipeline import Progress, execute, prepare
 from quantkit.recipe import DEFAULT_PRUNER, Recipe
@@ -18,6 +19,7 @@ class Pruned:
     report: Mapping[str, Any]
 
 
+@usual_settings()
 def prune(  # noqa: PLR0913
     model: str | Path | Recipe,
     *,

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "quantkit"
 LEVELS = [
     {"errors", "resources", "untrusted"},
-    {"host", "units"},
+    {"ambient", "host", "units"},
     {"core"},
     {"model"},
     {"calibrate"},

@@ -15,6 +15,7 @@ from quantkit.calibrate.passes import Pass, Phase, Window
 from quantkit.calibrate.streams import Stream
 from quantkit.calibrate.team import Team, unite
 from quantkit.core.affine import round_to_nearest
+from quantkit.errors import ModelError
 from quantkit.model.block import Arguments, Block, Site
 
 
@@ -200,7 +201,13 @@ class Walk:
         place = len(self.blocks) - 1
         alone = self._window(index, count=1, first=place)
         for batch, hidden in enumerate(self.last):
-            self.last[batch] = alone.forward(batch, hidden=hidden)
+            output = alone.forward(batch, hidden=hidden)
+            if batch == 0 and not bool(output.isfinite().all()):
+                raise ModelError(
+                    f"block {index} of the original model gives values that are NaN or infinite; "
+                    "its config.json does not belong to the weights, or is damaged"
+                )
+            self.last[batch] = output
 
     def _window(self, index: int, *, count: int, first: int = 0, fresh: int = 0) -> Window:
         return Window(
