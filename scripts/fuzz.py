@@ -16,6 +16,7 @@ import resource
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -57,28 +58,19 @@ def main() -> None:
     sys.exit(bool(findings))
 
 
-def _verdicts(seeds: range | list[int], jobs: int, home: Path):  # noqa: ANN202  an iterator of Verdict
-    """Yield a verdict for every seed; a worker that dies is a finding, and the rest goes on without it."""
+def _verdicts(seeds: Iterable[int], jobs: int, home: Path) -> Iterator[Verdict]:
+    """Yield a verdict for every seed; a worker that dies is a finding, and the rest goes on with new ones."""
     left, context = list(seeds), multiprocessing.get_context("spawn")
-    for number in range(len(left)):
-        if not left:
-            return
-        room = home / str(number)
-        room.mkdir()
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(room,)) as pool:
-            waiting = [(seed, pool.submit(_run, seed)) for seed in left]
-            for seed, future in waiting:
+    while left:
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(home,)) as pool:
+            for seed, future in [(seed, pool.submit(_run, seed)) for seed in left]:
+                left.remove(seed)
                 try:
                     yield future.result()
-                    left.remove(seed)
                 except BrokenProcessPool:
-                    left.remove(seed)
-                    yield Verdict(
-                        seed=seed, target="?", damage="?", outcome="fault", fault="the process died, or its neighbour"
-                    )
+                    fault = "the process died, or its neighbour"
+                    yield Verdict(seed=seed, target="?", damage="?", outcome="fault", fault=fault)
                     break
-            else:
-                return
 
 
 def _start(home: Path) -> None:

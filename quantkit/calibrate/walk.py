@@ -123,10 +123,11 @@ class Walk:
     def _prune(self, index: int, fresh: int) -> dict[str, object]:
         """Apply the passes that prune to the window, before anything is measured of rounding; return their notes."""
         window = self._window(index, count=len(self.blocks), fresh=fresh)
-        for step in self.passes:
-            if step.phase <= Phase.PRUNE:
-                step.apply(window)
-        unite(self.team, window.blocks, sliding=True)
+        before = [step for step in self.passes if step.phase <= Phase.PRUNE]
+        for step in before:
+            step.apply(window)
+        if before:  # the weights of whole blocks travel, for nothing where none was pruned
+            unite(self.team, window.blocks, sliding=True)
         return window.notes
 
     @torch.no_grad()
