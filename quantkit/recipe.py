@@ -343,6 +343,8 @@ def _read_passes(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     steps: dict[str, dict[str, Any]] = {}
     for entry in entries:
         name = entry.pop("method")
+        if not isinstance(name, str):
+            raise ValueError(f"it names the pass {name!r}, which is no string")
         if name in steps:
             raise ValueError(f"it names the pass {name} twice")
         steps[name] = entry

@@ -11,6 +11,7 @@ they begin with, so a file that claims to be huge is found out. Exits with 1 if 
 """
 
 import argparse
+import faulthandler
 import multiprocessing
 import resource
 import sys
@@ -28,6 +29,7 @@ from damaged import Arena, Verdict
 from rich.progress import track
 
 ROOM = 4 * 2**30
+STUCK = 60  # seconds after which a process ends itself
 _ARENA: list[Arena] = []
 
 
@@ -82,7 +84,10 @@ def _start(home: Path) -> None:
 
 
 def _run(seed: int) -> Verdict:
-    return _ARENA[0].run(seed)
+    faulthandler.dump_traceback_later(STUCK, exit=True)  # an alarm does not reach what blocks outside of Python
+    verdict = _ARENA[0].run(seed)
+    faulthandler.cancel_dump_traceback_later()
+    return verdict
 
 
 if __name__ == "__main__":

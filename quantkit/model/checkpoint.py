@@ -196,6 +196,8 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
     Raises:
         ModelError: the file is missing, truncated or no safetensors.
     """
+    if shard.exists() and not shard.is_file():  # to open a pipe would wait for somebody who writes
+        raise ModelError(f"{shard} is no regular file; download it again")
     try:
         with safe_open(shard, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping
