@@ -58,4 +58,4 @@ class Kernel(Protocol):
         """
 
     def dense_rows(self, packed: Mapping[str, Tensor], layout: Layout) -> Iterator[Tensor]:
-        """Yield the weight in float32, some rows at a time and in order: (rows, width), valid until the next is asked."""
+        """Yield the weight in float32, some rows at a time, in order: (rows, width), valid until the next are asked."""

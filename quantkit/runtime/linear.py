@@ -40,7 +40,8 @@ def pick_kernel(device: torch.device, layout: Layout, scale: torch.dtype) -> Ker
 class PackedLinear(nn.Module):
     """A linear whose weight stays packed; takes the place of `nn.Linear` and of GPT-2's `Conv1D`.
 
-    Gradients pass through it to its inputs and its bias; the weight has none, and so no input is kept for it. Moving it to another device moves the packed weight; changing its dtype changes the bias alone.
+    Gradients pass through it to its inputs and its bias; the weight has none, and so no input is kept for it. Moving it
+    to another device moves the packed weight; changing its dtype changes the bias alone.
     """
 
     bias: Tensor | None

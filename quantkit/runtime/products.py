@@ -61,7 +61,7 @@ class _Product(torch.autograd.Function):
 
 class _ScaledProduct(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0913
+    def forward(
         ctx: Any,  # noqa: ANN401
         inputs: Tensor,
         scale: Tensor,
