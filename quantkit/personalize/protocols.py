@@ -60,7 +60,7 @@ class Slot(nn.Module):
     def __init__(self, value: Tensor) -> None:
         """Hold `value` as float32."""
         super().__init__()
-        self.value = nn.Parameter(value.detach().to(torch.float32))
+        self.value = nn.Parameter(value.detach().to(torch.float32, copy=True))
         self.copies: Tensor | None = None
 
     def read(self) -> Tensor:

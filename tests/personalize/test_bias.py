@@ -11,8 +11,12 @@ from quantkit.personalize.objectives.language_model import LanguageModel
 from quantkit.personalize.parameters._places import take_out
 from quantkit.personalize.parameters.bias import Bias
 from quantkit.personalize.protocols import Losses, per_example
+from quantkit.runtime import packed_model
+from quantkit.runtime.kernels import reference
 from quantkit.runtime.linear import PackedLinear
 
+# the compiled kernel rounds activations to fixed point on the way there, not on the way back
+KERNELS = {"native": (None, 1e-4), "reference": (reference.KERNEL, 1e-5)}
 FAMILIES = ["llama", "gpt2", "opt", "qwen2"]
 
 
@@ -33,9 +37,7 @@ def dense_gradients(directory, names):
     added = {}
     for name in names:
         linear = model.get_submodule(name.removesuffix(".bias"))
-        out = linear.bias if linear.bias is not None else None
-        width = len(out) if out is not None else linear.weight.shape[0]
-        added[name] = torch.zeros(width, dtype=torch.float64, requires_grad=True)
+        added[name] = torch.zeros(linear.out_features, dtype=torch.float64, requires_grad=True)
         linear.register_forward_hook(lambda _, __, output, extra=added[name]: output + extra)
     losses = LanguageModel()(model, batch())
     rows = [torch.autograd.grad(loss, list(added.values()), retain_graph=True) for loss in losses]
@@ -59,20 +61,22 @@ def test_nothing_changes_when_they_are_put_in_or_taken_out(checkpoint):
     assert set(model.state_dict()) == state
 
 
-def test_gradients_are_those_of_a_dense_twin(checkpoint):
-    _, directory = checkpoint
-    model = quantkit.load(directory, device="cpu")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradients_are_those_of_a_dense_twin(checkpoint, kernel):
+    (_, directory), (kernel, tolerance) = checkpoint, KERNELS[kernel]
+    model = packed_model.load(directory, device="cpu", kernel=kernel)
     parameters = Bias().attach(model)
     expected = dense_gradients(directory, parameters)
     Backprop().estimate([Losses(LanguageModel(), model, batch())], parameters, step=0)
     largest = max(float(value.abs().max()) for value in expected.values())
     for name, parameter in parameters.items():
-        torch.testing.assert_close(parameter.grad.double(), expected[name].mean(0), rtol=0, atol=1e-5 * largest)
+        torch.testing.assert_close(parameter.grad.double(), expected[name].mean(0), rtol=0, atol=tolerance * largest)
 
 
-def test_gradients_of_examples_are_those_of_a_loop_over_them(checkpoint):
-    _, directory = checkpoint
-    model = quantkit.load(directory, device="cpu")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradients_of_examples_are_those_of_a_loop_over_them(checkpoint, kernel):
+    (_, directory), (kernel, tolerance) = checkpoint, KERNELS[kernel]
+    model = packed_model.load(directory, device="cpu", kernel=kernel)
     parameters = Bias().attach(model)
     expected = dense_gradients(directory, parameters)
     with per_example(model, 3) as copies:
@@ -80,7 +84,7 @@ def test_gradients_of_examples_are_those_of_a_loop_over_them(checkpoint):
         found = torch.autograd.grad(LanguageModel()(model, batch()).sum(), read)
     largest = max(float(value.abs().max()) for value in expected.values())
     for name, gradient in zip(parameters, found, strict=True):
-        torch.testing.assert_close(gradient.double(), expected[name], rtol=0, atol=1e-5 * largest)
+        torch.testing.assert_close(gradient.double(), expected[name], rtol=0, atol=tolerance * largest)
 
 
 def test_the_key_bias_of_gpt2_has_no_gradient(tmp_path):
@@ -88,9 +92,7 @@ def test_the_key_bias_of_gpt2_has_no_gradient(tmp_path):
     parameters = Bias(include=("*.c_attn",)).attach(model)
     Backprop().estimate([Losses(LanguageModel(), model, batch())], parameters, step=0)
     for parameter in parameters.values():
-        query, key, value = parameter.grad.abs().amax().new_tensor(
-            [part.abs().max().item() for part in parameter.grad.chunk(3)]
-        )
+        query, key, value = (part.abs().max() for part in parameter.grad.chunk(3))
         assert key < 1e-4 * query
         assert key < 1e-4 * value
 

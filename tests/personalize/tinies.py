@@ -5,10 +5,12 @@ from pathlib import Path
 
 import torch
 from families import VOCABULARY, save_tiny, save_tokenizer
+from packed import exact
+from torch import nn
 
 import quantkit
-from quantkit.evaluation.loading import load_model
 from quantkit.personalize.protocols import Batch
+from quantkit.runtime.linear import HalfEmbedding, HalfLinear, PackedLinear
 
 
 def packed(family, directory, **options):
@@ -21,8 +23,23 @@ def packed(family, directory, **options):
 
 
 def twin(directory):
-    """Return the same weights, dense, in float64."""
-    return load_model(directory, device="cpu")[0].double()
+    """Return the same weights, dense, in float64, in modules of PyTorch alone."""
+    model = quantkit.load(directory, device="cpu")
+    for name, module in list(model.named_modules()):
+        made = None
+        if isinstance(module, PackedLinear):
+            weight = exact(module.unpack())
+            made = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+            made.weight = nn.Parameter(weight.T if module.layout.transposed else weight)
+            made.bias = module.bias
+        elif isinstance(module, HalfLinear):
+            made = nn.Linear(*module.weight.shape[::-1], module.bias is not None)
+            made.weight, made.bias = nn.Parameter(module.weight), module.bias
+        elif isinstance(module, HalfEmbedding):
+            made = nn.Embedding.from_pretrained(module.weight)
+        if made is not None:
+            model.set_submodule(name, made)
+    return model.double().requires_grad_(False)
 
 
 def batch(examples=3, length=9, *, seed=0, padded=True):
