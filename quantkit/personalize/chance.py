@@ -40,4 +40,4 @@ def normal(key: bytes, purpose: str, shape: Sequence[int]) -> Tensor:
     count = math.prod(shape)
     drawn = uniform(key, purpose, 2 * SUMMED * count).view(2, SUMMED, count)
     radius = torch.sqrt(-2 * torch.log1p(-drawn[0]))  # of 1 - u, which is never 0
-    return ((radius * torch.cos(2 * math.pi * drawn[1])).sum(0) / math.sqrt(SUMMED)).view(*shape)
+    return ((radius * torch.cos(2 * math.pi * drawn[1])).sum(0) / math.sqrt(SUMMED)).view(torch.Size(shape))
