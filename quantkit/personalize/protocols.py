@@ -4,7 +4,7 @@ A `Trainable` puts float32 tensors into a packed model, an `Objective` gives one
 such losses into gradients of those tensors. The rule that makes them independent: an objective never takes a mean.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 Parameters = Mapping[str, nn.Parameter]  # by a name that is the same in every process
-Losses = Callable[[], Tensor]  # of one micro-batch, computed anew at each call: (examples,) float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +30,24 @@ class Batch:
     attention: Tensor
     scored: Tensor
     label: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of one micro-batch, computed anew at each call: (examples,) float32."""
+
+    objective: "Objective"
+    model: nn.Module
+    batch: Batch
+
+    def __call__(self) -> Tensor:
+        """Return them."""
+        return self.objective(self.model, self.batch)
+
+    @property
+    def examples(self) -> int:
+        """How many there are."""
+        return len(self.batch.tokens)
 
 
 class Slot(nn.Module):
