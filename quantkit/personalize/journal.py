@@ -139,14 +139,26 @@ def written(  # noqa: PLR0913  each is a fact of the run
     after: Mapping[str, Tensor],
     *,
     base: str,
+    steps: int | None = None,
     private_data: bool = True,
     training: Mapping[str, Any] | None = None,
 ) -> SlopeJournal:
-    """Return the journal of a run that ended: what it began with, what it came to, and how."""
+    """Return the journal of a run that ended: what it began with, what it came to, and how.
+
+    Args:
+        estimator: whose slopes were followed.
+        updates: what was done with its gradients.
+        before: the tensors at the beginning.
+        after: the tensors that are the result.
+        base: hash of the model that they belong to.
+        steps: after how many steps they were the result; None: after all.
+        private_data: False if the run was private, so that its slopes may be seen by everybody.
+        training: what else is needed to have `before` again.
+    """
     told = {f.name: getattr(estimator, f.name) for f in fields(estimator) if f.init and f.repr and f.name != "seed"}
     state = estimator.state()
     return SlopeJournal(
-        rho=state["rho"],
+        rho=state["rho"][:steps].contiguous(),
         seed=estimator.seed,
         gradient=next(name for name, kind in ESTIMATORS.items() if kind is type(estimator)),
         options=told,

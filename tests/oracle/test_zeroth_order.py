@@ -88,7 +88,7 @@ def test_estimates_of_the_class_average_to_the_gradient_of_autograd():
     exact = torch.autograd.grad(whole(losses).mean(), list(parameters.values()))
     exact = torch.cat([g.flatten() for g in exact])
     total, rounds = torch.zeros_like(exact), 400
-    mezo = Mezo(directions=4, epsilon=1e-3)
+    mezo = Mezo(directions=4, perturbation=1e-3)
     for step in range(rounds):
         mezo.estimate(losses, parameters, step=step)
         total += torch.cat([p.grad.flatten() for p in parameters.values()])
@@ -117,7 +117,7 @@ def test_a_step_is_the_official_formula(directions):
         p.data = before[name].clone()
         expected[name] = before[name] - rate * (expected[name] + decay * before[name] * ("bias" not in name))
 
-    mezo = Mezo(seed=11, directions=directions, epsilon=distance)
+    mezo = Mezo(seed=11, directions=directions, perturbation=distance)
     mezo.distance = distance
     mezo.estimate(losses, parameters, step=4)
     decayed = [p for name, p in parameters.items() if "bias" not in name]
@@ -192,7 +192,7 @@ def test_a_step_of_the_subspace_is_the_published_formula():
     """RGE on one side and the projection, in float64, with the numbers of the generator as directions."""
     parameters, losses = mlp()
     parameters = {"0.weight": parameters["0.weight"]}
-    subspace = SubspaceZo(seed=2, directions=3, window=4, share=0.3, epsilon=1e-3)
+    subspace = SubspaceZo(seed=2, directions=3, window=4, share=0.3, perturbation=1e-3)
     weight, path = parameters["0.weight"], []
     for step in range(7):
         before = weight.detach().clone()

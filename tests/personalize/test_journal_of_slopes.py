@@ -81,6 +81,17 @@ def test_a_journal_is_as_it_was_written(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "journal.safetensors"]
 
 
+def test_a_journal_can_end_where_the_best_tensors_were():
+    before, _, journal = run(Mezo(), Updates(steps=12, rate=0.1, schedule="cosine"), steps=7)
+    _, _, longer = run(Mezo(), Updates(steps=12, rate=0.1, schedule="cosine"))
+    estimator = Mezo()
+    estimator.restore({"rho": longer.rho, "distance": torch.tensor(longer.distance, dtype=torch.float64)})
+    best, _ = replayed(journal, before)
+    cut = written(estimator, longer.updates, before, best, base="b", steps=7)
+    assert torch.equal(cut.rho, journal.rho)
+    assert replayed(cut, before)[1]
+
+
 def test_no_secret_is_in_a_journal(tmp_path):
     _, _, journal = run(fresh("private"), Updates(steps=12, rate=0.1))
     assert "key" not in journal.options

@@ -143,7 +143,7 @@ def test_it_reaches_nine_tenths_of_what_gradients_reach_in_200_forward_passes(pa
 def test_accuracy_itself_can_be_what_is_minimised(packed, task):
     model, parameters = packed
     before = task.judged(model)[1]
-    train(Mezo(directions=2, epsilon=0.05), model, parameters, task.mistakes, Updates(steps=40, rate=0.01))
+    train(Mezo(directions=2, perturbation=0.05), model, parameters, task.mistakes, Updates(steps=40, rate=0.01))
     assert before < 0.6
     assert task.judged(model)[1] > before + 0.2
 

@@ -131,11 +131,11 @@ def test_distances_are_relative_to_what_there_is():
     parameters, losses, _ = problem()
     for scale in (1.0, 1e3):
         large = {key: nn.Parameter(p.detach() * scale) for key, p in parameters.items()}
-        mezo = Mezo(epsilon=1e-3)
+        mezo = Mezo(perturbation=1e-3)
         mezo.estimate([losses], large, step=0)
         values = torch.cat([p.detach().flatten() for p in large.values()])
         assert mezo.distance == pytest.approx(1e-3 * float(values.square().mean().sqrt()), rel=1e-5)
-    zero = Mezo(epsilon=1e-3)
+    zero = Mezo(perturbation=1e-3)
     zero.estimate([losses], {"bias": nn.Parameter(torch.zeros(4))}, step=0)
     assert zero.distance == 1e-3
 
@@ -147,7 +147,7 @@ def test_the_noise_floor_is_that_of_the_loss():
     def noisy():
         return losses().double() + 1e-4 * torch.randn(1, generator=generator, dtype=torch.float64)
 
-    mezo = Mezo(epsilon=1e-2)
+    mezo = Mezo(perturbation=1e-2)
     before = {key: p.detach().clone() for key, p in parameters.items()}
     floor = mezo.noise_floor([noisy], parameters)
     assert floor.loss == pytest.approx(1e-4, rel=0.8)
@@ -213,7 +213,7 @@ def test_keys_are_secret_unless_given():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Mezo(epsilon=0.0), "epsilon is 0; use a finite number above 0, such as 1e-3"),
+        (lambda: Mezo(perturbation=0.0), "the perturbation is 0; use a finite number above 0, such as 1e-3"),
         (lambda: Mezo(directions=0), "there are 0 directions; use at least 1"),
         (lambda: Mezo(seed=-1), "the seed -1 is out of range"),
         (lambda: SubspaceZo(window=1), "a history of 1 steps has no directions; use at least 2"),

@@ -137,16 +137,17 @@ class Mezo:
     """Forward passes along random directions.
 
     Attributes:
-        epsilon: how far parameters are moved, in units of their root mean square at the beginning (of 1, if all are 0).
+        perturbation: MeZO's epsilon: how far parameters are moved, in units of their root mean square at the beginning
+            (of 1, if all are 0).
         directions: n; 2n forward passes a step.
         antithetic: both sides of a direction are tried; otherwise one, in n + 1 passes a step, with an error of O(e).
         seed: of the directions.
         rho: slopes of all steps so far, one tensor (directions,) float32 each.
-        distance: epsilon times the unit; known from the first step on.
+        distance: perturbation times the unit; known from the first step on.
     """
 
     needs_gradients: ClassVar[bool] = False
-    epsilon: float = 1e-3
+    perturbation: float = 1e-3
     directions: int = 1
     antithetic: bool = True
     seed: int = 0
@@ -154,8 +155,8 @@ class Mezo:
     distance: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if not 0 < self.epsilon < math.inf:
-            raise UsageError(f"epsilon is {self.epsilon:g}; use a finite number above 0, such as 1e-3")
+        if not 0 < self.perturbation < math.inf:
+            raise UsageError(f"the perturbation is {self.perturbation:g}; use a finite number above 0, such as 1e-3")
         if self.directions < 1:
             raise UsageError(f"there are {self.directions} directions; use at least 1")
         if not 0 <= self.seed < 2**63:
@@ -221,7 +222,7 @@ class Mezo:
 
     def _moved_by(self, parameters: Parameters) -> float:
         if self.distance is None:
-            self.distance = self.epsilon * scale_of(parameters)
+            self.distance = self.perturbation * scale_of(parameters)
         return self.distance
 
     def _set_gradients(self, parameters: Parameters, rho: Tensor, step: int) -> None:
