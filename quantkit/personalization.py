@@ -1,24 +1,27 @@
 """`personalize`: a packed model learns from somebody's examples, and what it learned is a small file."""
 
-import time
+import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor
 
 from quantkit.ambient import usual_settings
 from quantkit.calibrate.data import load_tokenizer
 from quantkit.errors import OutputError, UsageError
 from quantkit.evaluation.loading import context_length, quiet
 from quantkit.model import names
+from quantkit.model.workspace import Workspace
 from quantkit.personalize import choices
-from quantkit.personalize.chance import fixed_key
 from quantkit.personalize.data import Example, Form, examples, read_rows, split
 from quantkit.personalize.delta import SUFFIX, Delta, base_hash, frozen_hash
+from quantkit.personalize.journal import written
 from quantkit.personalize.loop import Loop, Pace, State, peak
-from quantkit.personalize.sampling import Shuffled
+from quantkit.personalize.start import Setting, start
 from quantkit.personalize.updates import Updates
 from quantkit.runtime import packed_model
 
@@ -61,8 +64,12 @@ def personalize(  # noqa: PLR0913
     words: Mapping[str, str] | None = None,
     columns: Mapping[str, str] | None = None,
     cut: bool = False,
+    sampling: str | None = None,
     epsilon: float | None = None,
     delta: float | None = None,
+    noise: float | None = None,
+    seeded: bool = False,
+    journal: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -101,8 +108,12 @@ def personalize(  # noqa: PLR0913
         words: the word of each label.
         columns: names of columns in the file, by the names that are expected.
         cut: cut examples that are too long instead of refusing them.
-        epsilon: the privacy budget of dp, which finds the noise for it.
+        sampling: poisson or shuffled batches; None: what `gradient` needs.
+        epsilon: the privacy budget of dp, dp-mezo and dice, for which the noise is found.
         delta: the other half of it.
+        noise: sigma, instead of the one that follows from epsilon.
+        seeded: draw even what should be secret by the seed; nothing is private then.
+        journal: where to write the journal of a run of forward passes, from which `replay` has the delta again.
         options: further fields of what was chosen, such as `include` of bias.
         seed: of everything random.
         device: `cpu`, `cuda`, `cuda:1`; None: a GPU if there is one.
@@ -117,8 +128,6 @@ def personalize(  # noqa: PLR0913
     target = _target(output, overwrite)
     kinds = _Kinds(train=train, gradient=gradient, objective=SHORT.get(objective, objective), options=options or {})
     trainable = kinds.make("parameters")
-    if gradient != "dp" and (epsilon, delta) != (None, None):
-        raise UsageError("--epsilon and --delta are for --gradient dp; leave them out")
     rate = trainable.rate if lr is None else lr
     updates = Updates(steps=steps, rate=rate, optimizer=optimizer, schedule=schedule, warmup=warmup, decay=decay)
     source = names.resolve(str(model)).path
@@ -136,20 +145,38 @@ def personalize(  # noqa: PLR0913
         cut=cut,
     )
     learned, kept = split(examples(rows, tokenizer, form, data), validation, seed)
-    run = _Run(
-        identity={**kinds.told(), **asdict(updates), **asdict(form), "base": base, "seed": seed, "batch": batch_size},
-        base=base,
-        kinds=kinds,
-        updates=updates,
-        pace=Pace(
-            micro_batch=micro_batch or batch_size, every=validate_every, patience=patience, save_seconds=save_seconds
-        ),
-        train=learned,
-        validation=kept,
-        batch_size=batch_size,
+    asked = Setting(
+        gradient=gradient,
+        options=kinds.given("gradients"),
+        examples=len(learned),
         seed=seed,
+        batch_size=batch_size,
+        steps=steps,
+        sampling=sampling,
+        epsilon=epsilon,
+        delta=delta,
+        noise=noise,
+        seeded=seeded,
     )
-    return run.go(loaded, trainable, target, restart=restart, progress=progress or (lambda _: None))
+    pace = Pace(
+        micro_batch=micro_batch or batch_size,
+        every=validate_every,
+        patience=patience,
+        keep="last" if asked.private else "best",  # which step is best is found out from private examples
+        save_seconds=save_seconds,
+    )
+    run = _Run(base=base, kinds=kinds, asked=asked, updates=updates, pace=pace, form=form, train=learned, kept=kept)
+    with Workspace(target) as place:
+        if restart:
+            shutil.rmtree(place.run, ignore_errors=True)
+        return run.go(
+            loaded,
+            trainable,
+            target,
+            state=place.run / "state.safetensors",
+            journal=None if journal is None else Path(journal),
+            progress=progress or (lambda _: None),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,91 +216,115 @@ class _Kinds:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    identity: Mapping[str, Any]
     base: str
     kinds: _Kinds
+    asked: Setting
     updates: Updates
     pace: Pace
+    form: Form
     train: list[Example]
-    validation: list[Example]
-    batch_size: int
-    seed: int
+    kept: list[Example]
 
-    def go(self, model: Any, trainable: Any, target: Path, *, restart: bool, progress: Told) -> Personalized:  # noqa: ANN401
-        began = time.monotonic()
+    def go(
+        self,
+        model: Any,  # noqa: ANN401
+        trainable: Any,  # noqa: ANN401
+        target: Path,
+        *,
+        state: Path,
+        journal: Path | None,
+        progress: Told,
+    ) -> Personalized:
+        objective, begun = self.kinds.make("objectives"), start(self.asked)
+        self._refuse_misfits(trainable, begun.estimator, objective, journal)
         parameters = trainable.attach(model)
-        estimator = self.kinds.make("gradients")
-        objective = self.kinds.make("objectives")
-        self._refuse_misfits(trainable, estimator, objective)
-        before = frozen_hash(model, parameters)
-        sampler = Shuffled(examples=len(self.train), batch_size=self.batch_size, key=fixed_key(self.seed))
+        for parameter in parameters.values():
+            parameter.requires_grad_(begun.estimator.needs_gradients)
+        before, first = frozen_hash(model, parameters), {n: p.detach().clone() for n, p in parameters.items()}
         loop = Loop(
-            model,
-            parameters,
-            objective,
-            estimator,
-            sampler,
+            *(model, parameters, objective, begun),
             train=self.train,
-            validation=self.validation,
+            validation=self.kept,
             updates=self.updates,
             pace=self.pace,
             device=model.device,
         )
-        for parameter in parameters.values():
-            parameter.requires_grad_(estimator.needs_gradients)
-        state = target.with_name(f".{target.name}.state")
-        if restart:
-            state.unlink(missing_ok=True)
-        tensors = loop.run(State(state, self.identity), progress)
-        _refuse_changed(before, model, parameters)
-        report = self._report(loop, model, time.monotonic() - began)
-        kept = {name: value for name, value in report.items() if name not in ("seconds", "peak_memory_bytes")}
-        delta = Delta(
+        tensors = loop.run(State(state, self._identity()), progress)
+        if frozen_hash(model, parameters) != before:
+            raise RuntimeError("a tensor that must not change did; nothing was written")  # a bug
+        facts = self._facts(loop)
+        Delta(
             base=self.base,
             trainable=self.kinds.train,
             options=asdict(trainable),
             tensors=tensors,
-            report=kept,
-        )
-        delta.save(target)
-        state.unlink(missing_ok=True)
-        return Personalized(output=target, report={**report, "bytes": target.stat().st_size})
+            ledger=begun.sentence,
+            report={**facts, "privacy": begun.account()},
+        ).save(target)
+        if journal is not None:
+            self._journal(begun.estimator, first, tensors, loop).save(journal)
+        shutil.rmtree(state.parent, ignore_errors=True)
+        told = {**facts, "privacy": begun.account(), "ledger": begun.sentence, **_measured(loop, model.device)}
+        return Personalized(output=target, report={**told, "bytes": target.stat().st_size})
 
-    def _report(self, loop: Loop, model: Any, seconds: float) -> dict[str, Any]:  # noqa: ANN401
-        progress = loop.progress
+    def _identity(self) -> dict[str, Any]:
+        """Return all that decides what the run comes to."""
+        chosen = {**self.kinds.told(), "base": self.base}
+        rest = {"asked": asdict(self.asked), "updates": asdict(self.updates), "form": asdict(self.form)}
+        pace = {"every": self.pace.every, "patience": self.pace.patience, "micro_batch": self.pace.micro_batch}
+        data = hashlib.sha256(repr((self.train, self.kept)).encode()).hexdigest()
+        return {**chosen, **rest, **pace, "data": data}
+
+    def _facts(self, loop: Loop) -> dict[str, Any]:
+        """Return what may be known to everybody who gets the delta."""
         return {
             **self.kinds.told(),
             "base": self.base,
             "parameters": sum(parameter.numel() for parameter in loop.parameters.values()),
-            "examples": len(self.train),
-            "validation_examples": len(self.validation),
             "updates": asdict(self.updates),
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "steps": progress.step,
-            "forwards": progress.forwards,
-            "loss": progress.losses[-1] if progress.losses else None,
-            "losses": progress.losses,
-            "validations": progress.validations,
-            "best_step": progress.best_step,
-            "stopped": progress.stopped,
-            "seconds": max(seconds, progress.seconds),
-            "peak_memory_bytes": peak(model.device),
+            "batch_size": self.asked.batch_size,
+            "seed": self.asked.seed,
+            "steps": loop.progress.step,
+            "forwards": loop.progress.forwards,
+            "best_step": loop.progress.best_step if loop.keeps_best else loop.progress.step,
+            "stopped": loop.progress.stopped,
         }
 
-    def _refuse_misfits(self, trainable: Any, estimator: Any, objective: Any) -> None:  # noqa: ANN401
+    def _journal(self, estimator: Any, first: Mapping[str, Tensor], last: Mapping[str, Tensor], loop: Loop) -> Any:  # noqa: ANN401
+        steps = loop.progress.best_step if loop.keeps_best else loop.progress.step
+        training = {"trainable": self.kinds.train, "options": self.kinds.given("parameters")}
+        return written(
+            *(estimator, self.updates, first, last),
+            base=self.base,
+            steps=steps,
+            private_data=not self.asked.private or self.asked.seeded,
+            training=training,
+        )
+
+    def _refuse_misfits(self, trainable: Any, estimator: Any, objective: Any, journal: Path | None) -> None:  # noqa: ANN401
         if estimator.needs_gradients and not objective.differentiable:
             raise UsageError(f"{self.kinds.objective} has no gradient; use --gradient mezo, which needs none")
-        if getattr(estimator, "per_example", False) and not trainable.per_example:
+        if self.kinds.gradient in ("dp", "dice") and not trainable.per_example:
             raise UsageError(
                 f"{self.kinds.gradient} needs gradients of single examples, which {self.kinds.train} does not have; "
-                "train bias"
+                "train bias or norm"
             )
+        if journal is not None and estimator.needs_gradients:
+            raise UsageError(f"{self.kinds.gradient} has no journal; leave out --journal, or use --gradient mezo")
 
 
-def _refuse_changed(before: str, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    if frozen_hash(model, parameters) != before:
-        raise RuntimeError("a tensor that must not change did; nothing was written")  # a bug
+def _measured(loop: Loop, device: torch.device) -> dict[str, Any]:
+    """Return what a report says of a run besides its facts."""
+    progress = loop.progress
+    return {
+        "examples": len(loop.train),
+        "validation_examples": len(loop.validation),
+        "loss": progress.losses[-1] if progress.losses else None,
+        "losses": progress.losses,
+        "validations": progress.validations,
+        "seconds": progress.seconds,
+        "peak_memory_bytes": peak(device),
+    }
 
 
 def _target(output: str | Path, overwrite: bool) -> Path:

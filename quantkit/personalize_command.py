@@ -58,8 +58,15 @@ def personalize(
     column: Annotated[
         list[str] | None, typer.Option(metavar="NAME=COLUMN", help="Which column is NAME, text=story; repeatable.")
     ] = None,
-    epsilon: Annotated[float | None, typer.Option(help="The privacy budget of dp.")] = None,
+    sampling: Annotated[
+        str | None, typer.Option(help="poisson or shuffled batches. (default: poisson where privacy needs it)")
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(help="The privacy budget; the noise follows from it.")] = None,
     delta: Annotated[float | None, typer.Option("--delta", "--dp-delta", help="The other half of it, as 1e-5.")] = None,
+    noise: Annotated[float | None, typer.Option(help="Noise of private gradients, instead of --epsilon.")] = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="Also write the journal of mezo to this file: it tells of the examples.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other option of what was chosen; repeatable."),
@@ -90,6 +97,7 @@ def personalize(
         chosen |= {"warmup": warmup, "decay": decay, "validation": validation, "validate_every": validate_every}
         chosen |= {"patience": patience, "seqlen": seqlen, "score": score, "template": template, "seed": seed}
         chosen |= {"epsilon": epsilon, "delta": delta, "device": device}
+        chosen |= {"sampling": sampling, "noise": noise, "journal": journal}
         chosen |= {"words": _pairs("--word", word), "columns": _pairs("--column", column)}
         options = settings({}, set_ or [])
         from quantkit import personalization

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from quantkit.errors import DataError, OutputError
 from quantkit.host import peak_memory
+from quantkit.model.workspace import clear_disk_errors
 from quantkit.personalize.data import Example, batch
 from quantkit.personalize.delta import save_whole
-from quantkit.personalize.protocols import Estimator, Losses, Objective, Parameters
-from quantkit.personalize.sampling import Sampler
+from quantkit.personalize.protocols import Losses, Objective, Parameters
+from quantkit.personalize.start import Start
 from quantkit.personalize.updates import Updates
 
 SAVE_SECONDS = 20.0  # at least, between two states that are written
@@ -73,8 +74,7 @@ class Loop:
         model: nn.Module,
         parameters: Parameters,
         objective: Objective,
-        estimator: Estimator,
-        sampler: Sampler,
+        start: Start,
         *,
         train: Sequence[Example],
         validation: Sequence[Example],
@@ -83,8 +83,9 @@ class Loop:
         device: torch.device,
     ) -> None:
         """Take what a run is made of; `model` has the parameters attached."""
-        self.model, self.parameters, self.objective, self.estimator = model, parameters, objective, estimator
-        self.sampler, self.train, self.validation, self.updates, self.pace = sampler, train, validation, updates, pace
+        self.model, self.parameters, self.objective = model, parameters, objective
+        self.start, self.estimator, self.sampler = start, start.estimator, start.sampler
+        self.train, self.validation, self.updates, self.pace = train, validation, updates, pace
         self.device, self.progress = device, Progress()
         self.optimizer = updates.begin(parameters)
         self.best = self._copies()
@@ -96,6 +97,8 @@ class Loop:
             DataError: the loss is not finite before anything was learned.
         """
         state.restore(self)
+        for _ in range(self.progress.step):
+            self.start.allows()  # takes down again what an earlier process released
         began, progress = time.monotonic() - self.progress.seconds, self.progress
         with self._counted():
             if not progress.validations:
@@ -106,7 +109,7 @@ class Loop:
                 tell(self.told())
                 state.offer(self)
         progress.seconds = time.monotonic() - began
-        return self.best if self._keeps_best() or progress.stopped.startswith("the loss") else self._copies()
+        return self.best if self.keeps_best or progress.stopped.startswith("the loss") else self._copies()
 
     def told(self) -> dict[str, Any]:
         """Return what a person wants to know of a run that goes on."""
@@ -122,6 +125,9 @@ class Loop:
     def _advance(self) -> None:
         """Make one step, and validate if it is time."""
         progress, here = self.progress, self._copies()
+        if not self.start.allows():
+            progress.stopped = f"the privacy budget is spent after {progress.step} steps"
+            return None
         chosen = [self.train[i] for i in self.sampler.batch(progress.step).tolist()]
         parts = [chosen[i : i + self.pace.micro_batch] for i in range(0, len(chosen), self.pace.micro_batch)]
         losses = [Losses(self.objective, self.model, batch(part, self.device)) for part in parts]
@@ -132,7 +138,7 @@ class Loop:
             self.updates.take(self.optimizer, progress.step)
         if not finite or not all(bool(value.isfinite().all()) for value in self.parameters.values()):
             return self._diverged(here)
-        if not self._keeps_best():
+        if not self.keeps_best:
             self.best = self._copies()
         progress.step += 1
         progress.losses.append(loss if chosen else math.nan)
@@ -147,7 +153,7 @@ class Loop:
             DataError: there are none but those of the start.
         """
         progress = self.progress
-        learned = progress.best_step if self._keeps_best() else progress.step
+        learned = progress.best_step if self.keeps_best else progress.step
         if not learned:
             raise DataError(
                 f"the loss is not finite at step {progress.step} and nothing was learned before; lower --lr, or look "
@@ -156,7 +162,9 @@ class Loop:
         self._put(before)
         progress.stopped = f"the loss is not finite at step {progress.step}; what was good before it is kept"
 
-    def _keeps_best(self) -> bool:
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best values are the result, and not the last."""
         return bool(self.validation) and self.pace.keep == "best"
 
     @torch.no_grad()
@@ -174,7 +182,7 @@ class Loop:
         progress.validations.append((progress.step, loss))
         if loss < progress.best:
             progress.best, progress.best_step, progress.waited = loss, progress.step, 0
-            if self._keeps_best():
+            if self.keeps_best:
                 self.best = self._copies()
         else:
             progress.waited += 1
@@ -223,6 +231,8 @@ class State:
             tensors |= {f"optimizer/{number}/{key}": torch.as_tensor(value) for key, value in entries.items()
                         if value is not None}  # fmt: skip
         told = {"identity": self.identity, "progress": json.dumps(asdict(loop.progress))}
+        with clear_disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         save_whole({name: tensor.clone() for name, tensor in tensors.items()}, self.path, told)
         self.written = time.monotonic()
 
