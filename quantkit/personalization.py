@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from quantkit.ambient import usual_settings
 from quantkit.calibrate.data import load_tokenizer
-from quantkit.errors import OutputError, UsageError
+from quantkit.errors import DataError, OutputError, UsageError
 from quantkit.evaluation.loading import context_length, quiet
 from quantkit.model import names
 from quantkit.model.workspace import Workspace
 from quantkit.personalize import choices
-from quantkit.personalize.data import Example, Form, examples, read_rows, split
+from quantkit.personalize.data import Example, Form, examples, read_rows, split, word_tokens
 from quantkit.personalize.delta import SUFFIX, Delta, base_hash, frozen_hash
 from quantkit.personalize.journal import written
 from quantkit.personalize.loop import Loop, Pace, State, peak
@@ -165,13 +165,23 @@ def personalize(  # noqa: PLR0913
         keep="last" if asked.private else "best",  # which step is best is found out from private examples
         save_seconds=save_seconds,
     )
-    run = _Run(base=base, kinds=kinds, asked=asked, updates=updates, pace=pace, form=form, train=learned, kept=kept)
+    run = _Run(
+        base=base,
+        kinds=kinds,
+        trainable=trainable,
+        asked=asked,
+        updates=updates,
+        pace=pace,
+        objective=_objective(kinds, form, tokenizer, learned),
+        form=form,
+        train=learned,
+        kept=kept,
+    )
     with Workspace(target) as place:
         if restart:
             shutil.rmtree(place.run, ignore_errors=True)
         return run.go(
             loaded,
-            trainable,
             target,
             state=place.run / "state.safetensors",
             journal=None if journal is None else Path(journal),
@@ -211,13 +221,16 @@ class _Kinds:
 
     def told(self) -> dict[str, Any]:
         """Return what a report says of them."""
-        return {"train": self.train, "gradient": self.gradient, "objective": self.objective, "options": self.options}
+        options = {name: getattr(value, "__name__", value) for name, value in self.options.items()}
+        return {"train": self.train, "gradient": self.gradient, "objective": self.objective, "options": options}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
     base: str
     kinds: _Kinds
+    trainable: Any
+    objective: Any
     asked: Setting
     updates: Updates
     pace: Pace
@@ -228,21 +241,20 @@ class _Run:
     def go(
         self,
         model: Any,  # noqa: ANN401
-        trainable: Any,  # noqa: ANN401
         target: Path,
         *,
         state: Path,
         journal: Path | None,
         progress: Told,
     ) -> Personalized:
-        objective, begun = self.kinds.make("objectives"), start(self.asked)
-        self._refuse_misfits(trainable, begun.estimator, objective, journal)
-        parameters = trainable.attach(model)
+        begun = start(self.asked)
+        self._refuse_misfits(begun.estimator, journal)
+        parameters = self.trainable.attach(model)
         for parameter in parameters.values():
             parameter.requires_grad_(begun.estimator.needs_gradients)
         before, first = frozen_hash(model, parameters), {n: p.detach().clone() for n, p in parameters.items()}
         loop = Loop(
-            *(model, parameters, objective, begun),
+            *(model, parameters, self.objective, begun),
             train=self.train,
             validation=self.kept,
             updates=self.updates,
@@ -256,7 +268,7 @@ class _Run:
         Delta(
             base=self.base,
             trainable=self.kinds.train,
-            options=asdict(trainable),
+            options=asdict(self.trainable),
             tensors=tensors,
             ledger=begun.sentence,
             report={**facts, "privacy": begun.account()},
@@ -301,10 +313,10 @@ class _Run:
             training=training,
         )
 
-    def _refuse_misfits(self, trainable: Any, estimator: Any, objective: Any, journal: Path | None) -> None:  # noqa: ANN401
-        if estimator.needs_gradients and not objective.differentiable:
+    def _refuse_misfits(self, estimator: Any, journal: Path | None) -> None:  # noqa: ANN401
+        if estimator.needs_gradients and not self.objective.differentiable:
             raise UsageError(f"{self.kinds.objective} has no gradient; use --gradient mezo, which needs none")
-        if self.kinds.gradient in ("dp", "dice") and not trainable.per_example:
+        if self.kinds.gradient in ("dp", "dice") and not self.trainable.per_example:
             raise UsageError(
                 f"{self.kinds.gradient} needs gradients of single examples, which {self.kinds.train} does not have; "
                 "train bias or norm"
@@ -325,6 +337,21 @@ def _measured(loop: Loop, device: torch.device) -> dict[str, Any]:
         "seconds": progress.seconds,
         "peak_memory_bytes": peak(device),
     }
+
+
+def _objective(kinds: _Kinds, form: Form, tokenizer: Any, items: list[Example]) -> Any:  # noqa: ANN401
+    """Return what is minimised, which may have to know the words of labels and how to read tokens."""
+    more: dict[str, Any] = {}
+    labelled = items[0].label is not None
+    if kinds.objective == "classification" and not labelled:
+        raise DataError("classification needs the columns sentence and label; rename them, or --column label=NAME")
+    if kinds.objective in ("classification", "metric") and labelled:
+        more["words"] = tuple(word_tokens(form, tokenizer).values())
+    objective = kinds.make("objectives", **more)
+    score = getattr(objective, "score", None)
+    if callable(score):  # somebody's, of two texts
+        return replace(objective, score=lambda *pair: float(score(*map(tokenizer.decode, pair))))
+    return objective
 
 
 def _target(output: str | Path, overwrite: bool) -> Path:

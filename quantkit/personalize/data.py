@@ -101,7 +101,7 @@ def examples(rows: Sequence[Row], tokenizer: Any, form: Form, where: object = "t
             tokens, an example that is too long or has nothing to predict; the message names the row.
     """
     kind = _kind(rows, form, where)
-    codes = _codes(form, tokenizer) if kind == ("sentence", "label") else {}
+    codes = word_tokens(form, tokenizer) if kind == ("sentence", "label") else {}
     return list(_examples(rows, tokenizer, form, kind, codes, where))
 
 
@@ -151,7 +151,7 @@ def _kind(rows: Sequence[Row], form: Form, where: object) -> tuple[str, ...]:
     raise DataError(f"{where} has the columns {', '.join(sorted(have))}; needed are {wanted}; rename them, or --column")
 
 
-def _codes(form: Form, tokenizer: Any) -> dict[str, int]:  # noqa: ANN401
+def word_tokens(form: Form, tokenizer: Any) -> dict[str, int]:  # noqa: ANN401
     """Return the token of each label's word.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any, Self
@@ -104,6 +105,13 @@ class PackedLinear(nn.Module):
     def unpack(self) -> QuantizedTensor:
         """Return the weight as it was stored, its columns in the stored order."""
         return self.kernel.unpack(self.packed, self.layout)
+
+    def replace_scale(self, scale: Tensor) -> None:
+        """Let `scale` (out, groups), rounded to the dtype of the stored ones, be the scales of the weight."""
+        weight = self.unpack()
+        new = scale.to(weight.scale.device, weight.scale.dtype)
+        packed = self.kernel.pack(replace(weight, scale=new))
+        self._buffers["scale"] = packed["scale"]
 
     def extra_repr(self) -> str:
         """Say what is packed."""
