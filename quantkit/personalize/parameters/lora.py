@@ -79,9 +79,6 @@ def _inject(model: nn.Module, names: list[str], options: Lora) -> None:
             self._active_adapter = adapter_name
             self.update_layer(adapter_name, options["r"], lora_alpha=options["lora_alpha"], config=config)
 
-        def _move_adapter_to_device_of_base_layer(self, *_: object, **__: object) -> None:
-            """Do nothing: peft looks for the device of a weight that is not there; `attach` moves what it made."""
-
         def forward(self, inputs: Tensor) -> Tensor:
             """Return what both give together."""
             thin = self.lora_A[NAME](inputs.float())
@@ -92,7 +89,12 @@ def _inject(model: nn.Module, names: list[str], options: Lora) -> None:
 
     config = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=names)
     config._register_custom_module({PackedLinear: PackedLora})
+    linears = [vars(model.get_submodule(name)) for name in names]
+    for linear in linears:
+        linear["qweight"] = next(iter(linear["_buffers"].values()))  # from which peft reads on what device it is
     inject_adapter_in_model(config, model, adapter_name=NAME)
+    for linear in linears:
+        del linear["qweight"]
 
 
 METHOD = Lora
