@@ -184,7 +184,7 @@ def test_nothing_is_written_where_nothing_was_learned(checkpoint, texts, tmp_pat
 
 
 def test_it_ends_early_and_keeps_the_best(checkpoint, texts, tmp_path):
-    options = {**QUICK, "steps": 40, "validate_every": 1, "patience": 2, "lr": 5.0}
+    options = {**QUICK, "steps": 40, "validate_every": 1, "patience": 2, "lr": 3.0, "train": "norm"}
     made = personalize(checkpoint, texts, output=tmp_path / "d.safetensors", **options)
     assert made.report["stopped"] == "no validation was better for 2 in a row"
     assert made.report["steps"] == made.report["best_step"] + 2 < 40
