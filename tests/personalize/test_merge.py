@@ -101,7 +101,7 @@ def test_what_has_no_place_is_refused(made, tmp_path, family, train, message):
 def test_values_that_are_not_exact_are_refused_or_rounded(made, tmp_path, tiny_rtn_w4):
     texts = write_rows(tmp_path / "t.jsonl", TEXTS)
     personalize(tiny_rtn_w4, texts, output=tmp_path / "d.safetensors", **QUICK)
-    with pytest.raises(UsageError, match="stored in bfloat16, in which .* of the learned values are not exact"):
+    with pytest.raises(UsageError, match=r"stored in bfloat16, in which .* of the learned values are not exact"):
         merge(tiny_rtn_w4, tmp_path / "d.safetensors", output=tmp_path / "merged")
     merge(tiny_rtn_w4, tmp_path / "d.safetensors", output=tmp_path / "merged", rounded=True)
     own = quantkit.load(tiny_rtn_w4, device="cpu", delta=tmp_path / "d.safetensors")
