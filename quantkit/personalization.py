@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,21 @@ from torch import Tensor
 
 from quantkit.ambient import usual_settings
 from quantkit.calibrate.data import load_tokenizer
-from quantkit.errors import DataError, OutputError, UsageError
+from quantkit.errors import DataError, ModelError, OutputError, UsageError
 from quantkit.evaluation.loading import context_length, quiet
+from quantkit.fields import build_dataclass
 from quantkit.model import names
 from quantkit.model.workspace import Workspace
 from quantkit.personalize import choices
 from quantkit.personalize.data import Example, Form, examples, read_rows, split, word_tokens
 from quantkit.personalize.delta import SUFFIX, Delta, base_hash, frozen_hash
-from quantkit.personalize.journal import written
-from quantkit.personalize.loop import Loop, Pace, State, peak
+from quantkit.personalize.journal import SlopeJournal, replayed, written
+from quantkit.personalize.loop import Loop, State, peak
 from quantkit.personalize.start import Setting, start
 from quantkit.personalize.updates import Updates
+from quantkit.personalize.wish import Wish
 from quantkit.runtime import packed_model
 
-LONGEST = 512  # tokens of an example, unless asked for more
-SHORT = {"lm": "language-model"}  # names that are easier to type
 Told = Callable[[Mapping[str, Any]], None]
 
 
@@ -44,43 +44,16 @@ def personalize(  # noqa: PLR0913
     data: str | Path,
     *,
     output: str | Path,
-    train: str = "bias",
-    gradient: str = "backprop",
-    objective: str = "language-model",
-    steps: int = 500,
-    lr: float | None = None,
-    batch_size: int = 8,
-    micro_batch: int | None = None,
-    optimizer: str = "adam",
-    schedule: str = "constant",
-    warmup: int = 0,
-    decay: float = 0.0,
-    validation: float = 0.1,
-    validate_every: int = 50,
-    patience: int | None = None,
-    seqlen: int | None = None,
-    score: str = "answer",
-    template: str = "{sentence}",
-    words: Mapping[str, str] | None = None,
-    columns: Mapping[str, str] | None = None,
-    cut: bool = False,
-    sampling: str | None = None,
-    epsilon: float | None = None,
-    delta: float | None = None,
-    noise: float | None = None,
-    seeded: bool = False,
     journal: str | Path | None = None,
-    options: Mapping[str, Any] | None = None,
-    seed: int = 0,
     device: str | None = None,
     overwrite: bool = False,
     restart: bool = False,
-    save_seconds: float = 20.0,
     progress: Told | None = None,
+    **wish: Any,  # noqa: ANN401  checked against the fields of Wish
 ) -> Personalized:
     """Let a packed model learn from the examples in `data` and write what it learned to `output`.
 
-    >>> quantkit.personalize("llama-7b-w4", "mine.jsonl", output="mine.safetensors", steps=200)
+    >>> quantkit.personalize("llama-7b-w4", "mine.jsonl", output="mine.safetensors", train="bias", steps=200)
 
     The packed weights stay as they are, to the bit. An interrupted run of the same arguments goes on.
 
@@ -88,91 +61,35 @@ def personalize(  # noqa: PLR0913
         model: a packed checkpoint: a directory or a Hub id.
         data: a .jsonl, .json, .csv, .tsv or .parquet file; see `personalize.data` for its columns.
         output: the .safetensors file to write.
-        train: what may change.
-        gradient: how the gradient is had.
-        objective: what is minimised.
-        steps: updates.
-        lr: learning rate; None: that of what is trained.
-        batch_size: examples of an update.
-        micro_batch: examples that are in the model at once; None: all of an update. The result is the same.
-        optimizer: sgd, momentum or adam.
-        schedule: constant, linear or cosine.
-        warmup: steps over which the learning rate rises.
-        decay: weight decay.
-        validation: share of the examples that are kept apart; what is best on them is written. 0: none.
-        validate_every: steps between validations.
-        patience: validations without a better one that end the run; None: none do.
-        seqlen: most tokens of an example; None: the context, at most 512.
-        score: answer or all tokens.
-        template: what stands around a sentence that is to be classified.
-        words: the word of each label.
-        columns: names of columns in the file, by the names that are expected.
-        cut: cut examples that are too long instead of refusing them.
-        sampling: poisson or shuffled batches; None: what `gradient` needs.
-        epsilon: the privacy budget of dp, dp-mezo and dice, for which the noise is found.
-        delta: the other half of it.
-        noise: sigma, instead of the one that follows from epsilon.
-        seeded: draw even what should be secret by the seed; nothing is private then.
         journal: where to write the journal of a run of forward passes, from which `replay` has the delta again.
-        options: further fields of what was chosen, such as `include` of bias.
-        seed: of everything random.
         device: `cpu`, `cuda`, `cuda:1`; None: a GPU if there is one.
         overwrite: replace `output`.
         restart: begin anew instead of going on.
-        save_seconds: between what is kept for going on.
         progress: told after every step: step, steps, loss, validation, memory_bytes.
+        wish: the fields of `personalize.wish.Wish`: train, gradient, objective, steps, lr, ….
 
     Raises:
         QuantkitError: see `quantkit.errors`; the model is untouched.
     """
-    target = _target(output, overwrite)
-    kinds = _Kinds(train=train, gradient=gradient, objective=SHORT.get(objective, objective), options=options or {})
-    trainable = kinds.make("parameters")
-    rate = trainable.rate if lr is None else lr
-    updates = Updates(steps=steps, rate=rate, optimizer=optimizer, schedule=schedule, warmup=warmup, decay=decay)
+    target, wanted = _target(output, overwrite), build_dataclass(Wish, wish)
+    _refuse_misfits(wanted, journal)
+    trainable = wanted.make("parameters")
+    updates = wanted.updates(trainable.rate)
     source = names.resolve(str(model)).path
     rows = read_rows(Path(data))
     with quiet():
         tokenizer = load_tokenizer(source)
     base = base_hash(source)
     loaded = packed_model.load(source, device=device)
-    form = Form(
-        length=_length(seqlen, context_length(loaded)),
-        score=score,
-        template=template,
-        words=words or {},
-        columns=columns or {},
-        cut=cut,
-    )
-    learned, kept = split(examples(rows, tokenizer, form, data), validation, seed)
-    asked = Setting(
-        gradient=gradient,
-        options=kinds.given("gradients"),
-        examples=len(learned),
-        seed=seed,
-        batch_size=batch_size,
-        steps=steps,
-        sampling=sampling,
-        epsilon=epsilon,
-        delta=delta,
-        noise=noise,
-        seeded=seeded,
-    )
-    pace = Pace(
-        micro_batch=micro_batch or batch_size,
-        every=validate_every,
-        patience=patience,
-        keep="last" if asked.private else "best",  # which step is best is found out from private examples
-        save_seconds=save_seconds,
-    )
+    form = wanted.form(context_length(loaded))
+    learned, kept = split(examples(rows, tokenizer, form, data), wanted.validation, wanted.seed)
     run = _Run(
         base=base,
-        kinds=kinds,
+        wish=wanted,
         trainable=trainable,
-        asked=asked,
+        objective=_objective(wanted, form, tokenizer, learned),
+        asked=wanted.setting(len(learned)),
         updates=updates,
-        pace=pace,
-        objective=_objective(kinds, form, tokenizer, learned),
         form=form,
         train=learned,
         kept=kept,
@@ -189,51 +106,51 @@ def personalize(  # noqa: PLR0913
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Kinds:
-    """What was chosen on each axis, and the fields of all of them."""
+@usual_settings()
+def replay(model: str | Path, journal: str | Path, *, output: str | Path, overwrite: bool = False) -> Personalized:
+    """Write the delta that a run of forward passes came to, from its journal alone: no data, no forward pass.
 
-    train: str
-    gradient: str
-    objective: str
-    options: Mapping[str, Any]
+    Args:
+        model: the packed checkpoint of the run.
+        journal: what `personalize` wrote with `journal`.
+        output: the .safetensors file to write.
+        overwrite: replace it.
 
-    def __post_init__(self) -> None:
-        known = {f.name for axis, name in self.axes.items() for f in fields(choices.find(axis, name)) if f.init}
-        for name in self.options:
-            if name not in known:
-                chosen = ", ".join(self.axes.values())
-                raise UsageError(f"none of {chosen} has an option {name!r}; they have {', '.join(sorted(known))}")
-
-    @property
-    def axes(self) -> dict[str, str]:
-        """The chosen name of each axis."""
-        return {"parameters": self.train, "gradients": self.gradient, "objectives": self.objective}
-
-    def given(self, axis: str) -> dict[str, Any]:
-        """Return the options that are fields of the choice of an axis."""
-        own = {f.name for f in fields(choices.find(axis, self.axes[axis])) if f.init}
-        return {name: value for name, value in self.options.items() if name in own}
-
-    def make(self, axis: str, **more: Any) -> Any:  # noqa: ANN401
-        """Return the choice of an axis."""
-        return choices.build(axis, self.axes[axis], {**more, **self.given(axis)})
-
-    def told(self) -> dict[str, Any]:
-        """Return what a report says of them."""
-        options = {name: getattr(value, "__name__", value) for name, value in self.options.items()}
-        return {"train": self.train, "gradient": self.gradient, "objective": self.objective, "options": options}
+    Raises:
+        DataError: the journal is damaged, or comes to other values here than it did.
+        ModelError: it is of another model.
+    """
+    target, source = _target(output, overwrite), names.resolve(str(model)).path
+    kept, base = SlopeJournal.read(Path(journal)), base_hash(source)
+    if kept.base != base:
+        raise ModelError(f"the journal is of another model than {source}; give the one that it was made with")
+    told = kept.training
+    trainable = choices.build("parameters", told["trainable"], told["options"])
+    parameters = trainable.attach(packed_model.load(source, device="cpu"))
+    tensors, same = replayed(kept, parameters)
+    if not same:
+        raise DataError(f"{journal} comes to other values here than it did; use the delta that it came with")
+    ledger = "none: the result tells of the examples" if kept.private_data else "private, see the delta of the run"
+    report = {"replayed": True, "steps": len(kept.rho), "gradient": kept.gradient}
+    Delta(
+        base=base,
+        trainable=told["trainable"],
+        options=asdict(trainable),
+        tensors=tensors,
+        ledger=ledger,
+        report=report,
+    ).save(target)
+    return Personalized(output=target, report={**report, "bytes": target.stat().st_size})
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
     base: str
-    kinds: _Kinds
+    wish: Wish
     trainable: Any
     objective: Any
     asked: Setting
     updates: Updates
-    pace: Pace
     form: Form
     train: list[Example]
     kept: list[Example]
@@ -247,7 +164,6 @@ class _Run:
         journal: Path | None,
         progress: Told,
     ) -> Personalized:
-        self._refuse_misfits(journal)
         begun = start(self.asked)
         parameters = self.trainable.attach(model)
         for parameter in parameters.values():
@@ -258,7 +174,7 @@ class _Run:
             train=self.train,
             validation=self.kept,
             updates=self.updates,
-            pace=self.pace,
+            pace=self.wish.pace(),
             device=model.device,
         )
         tensors = loop.run(State(state, self._identity()), progress)
@@ -267,7 +183,7 @@ class _Run:
         facts = self._facts(loop)
         Delta(
             base=self.base,
-            trainable=self.kinds.train,
+            trainable=self.wish.train,
             options=asdict(self.trainable),
             tensors=tensors,
             ledger=begun.sentence,
@@ -281,16 +197,16 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """Return all that decides what the run comes to."""
-        chosen = {**self.kinds.told(), "base": self.base}
+        chosen = {**self.wish.told(), "base": self.base}
         rest = {"asked": asdict(self.asked), "updates": asdict(self.updates), "form": asdict(self.form)}
-        pace = {"every": self.pace.every, "patience": self.pace.patience, "micro_batch": self.pace.micro_batch}
+        pace = {name: value for name, value in asdict(self.wish.pace()).items() if name != "save_seconds"}
         data = hashlib.sha256(repr((self.train, self.kept)).encode()).hexdigest()
         return {**chosen, **rest, **pace, "data": data}
 
     def _facts(self, loop: Loop) -> dict[str, Any]:
         """Return what may be known to everybody who gets the delta."""
         return {
-            **self.kinds.told(),
+            **self.wish.told(),
             "base": self.base,
             "parameters": sum(parameter.numel() for parameter in loop.parameters.values()),
             "updates": asdict(self.updates),
@@ -304,7 +220,7 @@ class _Run:
 
     def _journal(self, estimator: Any, first: Mapping[str, Tensor], last: Mapping[str, Tensor], loop: Loop) -> Any:  # noqa: ANN401
         steps = loop.progress.best_step if loop.keeps_best else loop.progress.step
-        training = {"trainable": self.kinds.train, "options": self.kinds.given("parameters")}
+        training = {"trainable": self.wish.train, "options": self.wish.given("parameters")}
         return written(
             *(estimator, self.updates, first, last),
             base=self.base,
@@ -312,18 +228,6 @@ class _Run:
             private_data=not self.asked.private or self.asked.seeded,
             training=training,
         )
-
-    def _refuse_misfits(self, journal: Path | None) -> None:
-        estimator = choices.find("gradients", self.kinds.gradient)
-        if estimator.needs_gradients and not self.objective.differentiable:
-            raise UsageError(f"{self.kinds.objective} has no gradient; use --gradient mezo, which needs none")
-        if self.kinds.gradient in ("dp", "dice") and not self.trainable.per_example:
-            raise UsageError(
-                f"{self.kinds.gradient} needs gradients of single examples, which {self.kinds.train} does not have; "
-                "train bias or norm"
-            )
-        if journal is not None and estimator.needs_gradients:
-            raise UsageError(f"{self.kinds.gradient} has no journal; leave out --journal, or use --gradient mezo")
 
 
 def _measured(loop: Loop, device: torch.device) -> dict[str, Any]:
@@ -340,15 +244,28 @@ def _measured(loop: Loop, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _objective(kinds: _Kinds, form: Form, tokenizer: Any, items: list[Example]) -> Any:  # noqa: ANN401
+def _refuse_misfits(wish: Wish, journal: object) -> None:
+    """Raise UsageError for choices that do not go together."""
+    trainable, estimator, objective = (choices.find(axis, name) for axis, name in wish.axes.items())
+    if estimator.needs_gradients and not objective.differentiable:
+        raise UsageError(f"{wish.objective} has no gradient; use --gradient mezo, which needs none")
+    if wish.gradient in ("dp", "dice") and not trainable.per_example:
+        raise UsageError(
+            f"{wish.gradient} needs gradients of single examples, which {wish.train} does not have; train bias or norm"
+        )
+    if journal is not None and estimator.needs_gradients:
+        raise UsageError(f"{wish.gradient} has no journal; leave out --journal, or use --gradient mezo")
+
+
+def _objective(wish: Wish, form: Form, tokenizer: Any, items: list[Example]) -> Any:  # noqa: ANN401
     """Return what is minimised, which may have to know the words of labels and how to read tokens."""
     more: dict[str, Any] = {}
-    labelled = items[0].label is not None
-    if kinds.objective == "classification" and not labelled:
+    name, labelled = wish.axes["objectives"], items[0].label is not None
+    if name == "classification" and not labelled:
         raise DataError("classification needs the columns sentence and label; rename them, or --column label=NAME")
-    if kinds.objective in ("classification", "metric") and labelled:
+    if name in ("classification", "metric") and labelled:
         more["words"] = tuple(word_tokens(form, tokenizer).values())
-    objective = kinds.make("objectives", **more)
+    objective = wish.make("objectives", **more)
     score = getattr(objective, "score", None)
     if callable(score):  # somebody's, of two texts
         return replace(objective, score=lambda *pair: float(score(*map(tokenizer.decode, pair))))
@@ -364,9 +281,3 @@ def _target(output: str | Path, overwrite: bool) -> Path:
     if not target.absolute().parent.is_dir():
         raise OutputError(f"{target} cannot be written: there is no directory {target.absolute().parent}")
     return target
-
-
-def _length(asked: int | None, context: int | None) -> int:
-    if asked is not None and context and asked > context:
-        raise UsageError(f"--seqlen {asked} is longer than the model's context; pass --seqlen {context}")
-    return asked or min(LONGEST, context or LONGEST)

@@ -16,7 +16,7 @@ from tinies import TEXTS, packed, write_rows
 
 import quantkit
 from quantkit.errors import DataError, ModelError, OutputError, UsageError
-from quantkit.personalization import personalize
+from quantkit.personalization import personalize, replay
 from quantkit.personalize import choices
 from quantkit.personalize.delta import Delta
 from quantkit.personalize.parameters._places import take_out
@@ -122,7 +122,7 @@ def test_the_same_arguments_give_the_same_bytes_whatever_the_micro_batch(checkpo
 
 RUN = """
 import sys, time
-from quantkit.personalization import personalize
+from quantkit.personalization import personalize, replay
 options = {"steps": 12, "validate_every": 3, "batch_size": 4, "device": "cpu", "save_seconds": 0.0}
 personalize(sys.argv[1], sys.argv[2], output=sys.argv[3], gradient=sys.argv[4], progress=lambda _: time.sleep(0.05),
             train="bias", **options)
@@ -223,3 +223,51 @@ def test_what_does_not_fit_is_refused(checkpoint, texts, tmp_path, options, mess
     with pytest.raises((UsageError, DataError), match=message):
         personalize(checkpoint, texts, output=tmp_path / "d.safetensors", **{**QUICK, **options})
     assert digest(tmp_path) == before
+
+
+def test_a_journal_gives_the_delta_again_without_the_data(checkpoint, texts, tmp_path):
+    options = {"gradient": "mezo", "journal": tmp_path / "j.safetensors", "train": "norm"}
+    personalize(checkpoint, texts, output=tmp_path / "d.safetensors", **options, **QUICK)
+    texts.unlink()
+    replay(checkpoint, tmp_path / "j.safetensors", output=tmp_path / "again.safetensors")
+    told, again = (Delta.read(tmp_path / f"{name}.safetensors") for name in ("d", "again"))
+    assert all(torch.equal(again.tensors[name], value) for name, value in told.tensors.items())
+    assert (again.base, again.trainable) == (told.base, told.trainable)
+
+
+def test_a_journal_of_another_model_is_refused(checkpoint, texts, tmp_path, tiny_rtn_w4):
+    options = {"gradient": "mezo", "journal": tmp_path / "j.safetensors"}
+    personalize(checkpoint, texts, output=tmp_path / "d.safetensors", **options, **{**QUICK, "steps": 1})
+    with pytest.raises(ModelError, match="the journal is of another model"):
+        replay(tiny_rtn_w4, tmp_path / "j.safetensors", output=tmp_path / "again.safetensors")
+
+
+def quantkit_says(*arguments):
+    command = [sys.executable, "-m", "quantkit", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_the_command_line(checkpoint, texts, tmp_path):
+    delta, options = tmp_path / "d.safetensors", ["--steps", 4, "--validate-every", 2, "--batch-size", 4]
+    done = quantkit_says("personalize", checkpoint, texts, "-o", delta, *options, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["steps"], report["train"], report["ledger"]) == (4, "bias", "none: the result tells of the examples")
+    again = quantkit_says("personalize", checkpoint, texts, "-o", delta, *options)
+    assert again.returncode == OutputError.exit_code
+    assert "exists; pass --overwrite" in again.stderr
+    shown = quantkit_says("personalize", checkpoint, texts, "-o", delta, *options, "--overwrite", "--set", "include=*")
+    assert "not private" not in shown.stdout
+    assert "validation" in shown.stdout
+    text = quantkit_says("generate", checkpoint, "--prompt", "The", "--tokens", 4, "--delta", delta)
+    assert text.returncode == 0, text.stderr
+    where = ["--text", texts, "--seqlen", 32, "--json"]
+    with_delta, without = (quantkit_says("evaluate", checkpoint, *where, *more) for more in (["--delta", delta], []))
+    assert json.loads(with_delta.stdout)["perplexity"] < json.loads(without.stdout)["perplexity"]
+    merged = quantkit_says("merge", checkpoint, delta, "-o", tmp_path / "merged")
+    assert merged.returncode == 0, merged.stderr
+    dense = quantkit_says("evaluate", checkpoint, *where, "--delta", delta, "--runtime", "dense")
+    assert (dense.returncode, dense.stdout.count("\n") > 1) == (UsageError.exit_code, True)
+    refused = quantkit_says("personalize", checkpoint, texts, "-o", delta, "--overwrite", "--train", "everything")
+    assert (refused.returncode, refused.stderr.count("\n")) == (UsageError.exit_code, 1)

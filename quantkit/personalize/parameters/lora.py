@@ -3,6 +3,7 @@
 peft is told of `PackedLinear` as of any linear that it does not know. B is zero at first.
 """
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -93,7 +94,9 @@ def _inject(model: nn.Module, names: list[str], options: Lora) -> None:
     linears = [vars(model.get_submodule(name)) for name in names]
     for linear in linears:
         linear["qweight"] = next(iter(linear["_buffers"].values()))  # from which peft reads on what device it is
-    inject_adapter_in_model(config, model, adapter_name=NAME)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it does not know the class that it is told of
+        inject_adapter_in_model(config, model, adapter_name=NAME)
     for linear in linears:
         del linear["qweight"]
 
