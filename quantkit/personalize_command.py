@@ -99,7 +99,7 @@ def personalize(
         chosen |= {"epsilon": epsilon, "delta": delta, "device": device}
         chosen |= {"sampling": sampling, "noise": noise, "journal": journal}
         chosen |= {"words": _pairs("--word", word), "columns": _pairs("--column", column)}
-        options = settings({}, set_ or [])
+        options = settings({}, [_quoted(text) for text in set_ or []])
         from quantkit import personalization
 
         with scoreboard.learning(quiet=as_json) as tell:
@@ -138,6 +138,12 @@ def merge(
         with display.status("merging", quiet=as_json):
             made = merging.merge(model, delta, output=output, rounded=round_, overwrite=overwrite)
         scoreboard.merged(made.output, made.bytes, len(made.changed), as_json=as_json)
+
+
+def _quoted(text: str) -> str:
+    """Return NAME=VALUE with quotes around globs, which are then texts."""
+    name, equals, value = text.partition("=")
+    return f"{name}{equals}'{value}'" if any(sign in value for sign in "*?,") and value[0] not in "['\"" else text
 
 
 def _pairs(flag: str, values: list[str] | None) -> dict[str, Any] | None:
