@@ -24,6 +24,7 @@ from quantkit.evaluation.scores import TaskScores
 from quantkit.evaluation.vocabulary import refuse_other_tokens
 from quantkit.keywords import make_recipe
 from quantkit.model import names
+from quantkit.personalize.delta import apply
 from quantkit.pipeline import Progress, execute, prepare
 from quantkit.planning import Plan
 from quantkit.pruned import Pruned, prune
@@ -121,6 +122,7 @@ def load(
     dtype: torch.dtype | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
+    delta: str | Path | None = None,
 ) -> Model:
     """Return a packed checkpoint as a transformers model whose linears compute from the packed codes.
 
@@ -136,13 +138,18 @@ def load(
         dtype: of activations and of what is not packed; None: float32 on a CPU, as stored on a GPU.
         device_map: `auto`, or module names and their devices, as accelerate has it; instead of `device`.
         revision: revision on the Hub.
+        delta: what `personalize` wrote for this model.
 
     Raises:
-        ModelError: not packed, in a way that cannot be run packed, incomplete or damaged.
+        ModelError: a delta of another model;
+            not packed, in a way that cannot be run packed, incomplete or damaged.
         UsageError: a device or a map that cannot be used.
     """
     source = names.resolve(str(model), revision=revision)
-    return packed_model.load(source.path, device=device, dtype=dtype, device_map=device_map)
+    loaded = packed_model.load(source.path, device=device, dtype=dtype, device_map=device_map)
+    if delta is not None:
+        apply(loaded, source.path, delta)
+    return loaded
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit import display, judging, pruning_command
+from quantkit import display, judging, personalize_command, pruning_command
 from quantkit.errors import CheckFailure, UsageError, nearest
 from quantkit.failures import OneLine, alone, errors, launched
 from quantkit.flags import (
@@ -267,6 +267,7 @@ def export(
 
 
 app.command()(pruning_command.prune)
+app.command()(personalize_command.personalize)
 for command in (judging.evaluate, judging.compare, judging.generate):
     app.command()(command)
 app.command(

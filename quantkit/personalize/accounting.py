@@ -6,8 +6,10 @@ divergences (RDP, which also holds where q and sigma are chosen on the way), and
 (PLD, tighter, for steps that were fixed before). Two data sets are neighbours if one has an example more.
 """
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from types import ModuleType
@@ -18,7 +20,7 @@ from quantkit.errors import UsageError
 Accountant = Literal["rdp", "pld"]
 NEIGHBOURS = "one example more or less"
 LEAST_NOISE, MOST_NOISE = 0.1, 1000.0  # multipliers that are looked at
-COARSE = 1e-3  # spacing of privacy losses while noise is searched; every spacing gives an upper bound
+FINE, COARSE = 1e-4, 1e-3  # spacing of privacy losses in the end and while noise is searched; both give upper bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class Release:
 
 
 def epsilon(
-    releases: Sequence[Release], delta: float, accountant: Accountant = "pld", *, spacing: float = 1e-4
+    releases: Sequence[Release], delta: float, accountant: Accountant = "pld", *, spacing: float = FINE
 ) -> float:
     """Return an upper bound of epsilon of all releases together; infinite where one has no noise.
 
@@ -52,10 +54,11 @@ def epsilon(
     if any(release.noise == 0 for release in taken):
         return math.inf
     counted = library.rdp.RdpAccountant() if accountant == "rdp" else _pld(library, spacing)
-    for release in taken:
-        gaussian = library.GaussianDpEvent(release.noise)
-        counted.compose(library.PoissonSampledDpEvent(release.rate, gaussian), release.steps)
-    return float(counted.get_epsilon(delta))
+    with _quiet():
+        for release in taken:
+            gaussian = library.GaussianDpEvent(release.noise)
+            counted.compose(library.PoissonSampledDpEvent(release.rate, gaussian), release.steps)
+        return float(counted.get_epsilon(delta))
 
 
 def noise_for(target: float, delta: float, *, rate: float, steps: int) -> float:
@@ -68,7 +71,7 @@ def noise_for(target: float, delta: float, *, rate: float, steps: int) -> float:
 
     def spent(noise: float, accountant: Accountant) -> float:
         release = Release(rate=rate, noise=noise, steps=steps)
-        return epsilon([release], delta, accountant, spacing=min(COARSE, target / 1000))
+        return epsilon([release], delta, accountant, spacing=_spacing(target))
 
     least = spent(MOST_NOISE, "rdp")
     if least > target:
@@ -79,8 +82,10 @@ def noise_for(target: float, delta: float, *, rate: float, steps: int) -> float:
         )
     if spent(LEAST_NOISE, "rdp") <= target:
         return LEAST_NOISE
-    above = _bisected(LEAST_NOISE, MOST_NOISE, lambda noise: spent(noise, "rdp") <= target)
-    return _bisected(above / 2, above, lambda noise: spent(noise, "pld") <= target)
+    above = _bisected(LEAST_NOISE, MOST_NOISE, lambda noise: spent(noise, "rdp") <= target, step=1.02)
+    near = 0.9 * above  # where the answer nearly always is not below
+    low, high = (above / 2, near) if spent(near, "pld") <= target else (near, above)
+    return _bisected(low, high, lambda noise: spent(noise, "pld") <= target)
 
 
 def gaussian_epsilon(noise: float, delta: float) -> float:
@@ -191,7 +196,10 @@ class Ledger:
 
     def _within(self, release: Release) -> bool:
         budget = self.budget or math.inf
-        return epsilon([release], self.delta, spacing=min(COARSE, budget / 1000)) <= budget
+        quickly = epsilon([release], self.delta, "rdp")  # above PLD, and never several times as much
+        if quickly <= budget or quickly > 4 * budget:
+            return quickly <= budget
+        return epsilon([release], self.delta, spacing=_spacing(budget)) <= budget
 
     def _safe_steps(self, rate: float, noise: float) -> int:
         """Return a number of steps that is within the budget: twice as many as before, or the most there can be."""
@@ -210,12 +218,28 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _bisected(low: float, high: float, enough: Any) -> float:  # noqa: ANN401
-    """Return a noise that is enough, at most a thousandth above one that is not; `high` is enough."""
-    while high > low * 1.001:
+def _bisected(low: float, high: float, enough: Callable[[float], bool], step: float = 1.001) -> float:
+    """Return a noise that is enough, at most `step` times one that is not; `high` is enough."""
+    while high > low * step:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library from telling of every order that it leaves out; the least of the others is a bound as well."""
+    log = logging.getLogger("absl")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _spacing(target: float) -> float:
+    return min(COARSE, max(FINE, target / 1000))
 
 
 def _pld(library: ModuleType, spacing: float) -> Any:  # noqa: ANN401

@@ -60,7 +60,7 @@ class Slot(nn.Module):
     def __init__(self, value: Tensor) -> None:
         """Hold `value` as float32."""
         super().__init__()
-        self.value = nn.Parameter(value.detach().to(torch.float32))
+        self.value = nn.Parameter(value.detach().to(torch.float32, copy=True))
         self.copies: Tensor | None = None
 
     def read(self) -> Tensor:
@@ -85,9 +85,12 @@ class Trainable(Protocol):
     """What may change; a frozen dataclass whose fields are hyper-parameters."""
 
     per_example: ClassVar[bool]  # whether every tensor is read through a `Slot`
+    rate: ClassVar[float]  # a learning rate that suits Adam
 
     def attach(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Put tensors into `model` that leave its outputs as they are; return those that may change, by name."""
+
+    # where it can be: `settle(model, values)` makes values a part of the model's own tensors, without a hook
 
 
 class Objective(Protocol):

@@ -103,6 +103,12 @@ def test_what_cannot_be_had_is_refused(run, message):
         run()
 
 
+def test_orders_that_are_left_out_are_not_told(caplog):
+    with caplog.at_level("WARNING"):
+        assert epsilon([Release(rate=0.05, noise=0.4, steps=3)], 1e-5, "rdp") > 1
+    assert not caplog.records
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(accounting, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"needs the package dp-accounting; pip install 'quantkit\[dp\]'"):
