@@ -172,6 +172,7 @@ def evaluate(  # noqa: PLR0913
     runtime: str = DEFAULT_RUNTIME,
     device: str | None = None,
     revision: str | None = None,
+    delta: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     team: Team | None = None,
 ) -> Perplexity:
@@ -187,6 +188,7 @@ def evaluate(  # noqa: PLR0913
         runtime: `packed` keeps packed weights packed, `dense` unpacks them.
         device: as in `quantize`.
         revision: revision on the Hub.
+        delta: what `personalize` wrote for the model, which is then run packed.
         progress: told (windows done, windows in all), for each model.
         team: processes that share the windows, see `Team.join`; None: this one alone.
 
@@ -199,12 +201,13 @@ def evaluate(  # noqa: PLR0913
     if against is not None:
         refuse_other_tokens(model, against, revision=revision)
 
-    def measure(name: str | Path, revision: str | None) -> Perplexity:
-        loaded, tokenizer = load_with(runtime, name, revision=revision, device=(team or Team()).device(device))
+    def measure(name: str | Path, revision: str | None, delta: str | Path | None) -> Perplexity:
+        place = (team or Team()).device(device)
+        loaded, tokenizer = load_with(runtime, name, revision=revision, device=place, delta=delta)
         return perplexity(loaded, _windows(corpora, loaded, tokenizer, seqlen, windows, bos), progress, team)
 
-    measured = measure(model, revision)
-    return measured if against is None else replace(measured, reference=measure(against, None))
+    measured = measure(model, revision, delta)
+    return measured if against is None else replace(measured, reference=measure(against, None, None))
 
 
 @usual_settings()
@@ -221,6 +224,7 @@ def evaluate_tasks(  # noqa: PLR0913
     runtime: str = DEFAULT_RUNTIME,
     device: str | None = None,
     revision: str | None = None,
+    delta: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     team: Team | None = None,
 ) -> TaskScores:
@@ -240,6 +244,7 @@ def evaluate_tasks(  # noqa: PLR0913
         runtime: `packed` keeps packed weights packed, `dense` unpacks them.
         device: as in `quantize`.
         revision: revision on the Hub.
+        delta: as in `evaluate`.
         progress: told (what, requests answered, requests in all); 0 in all where they are not known.
         team: processes that share the documents, see `Team.join`; only the first gets the scores.
 
@@ -255,13 +260,13 @@ def evaluate_tasks(  # noqa: PLR0913
     if against is not None:
         names.resolve(str(against), weights=False)  # a wrong name should not cost the model's scores
 
-    def measure(name: str | Path, revision: str | None) -> TaskScores:
+    def measure(name: str | Path, revision: str | None, delta: str | Path | None) -> TaskScores:
         say(f"loading {name}", 0, 0)
-        loaded, tokenizer = load_with(runtime, name, revision=revision, device=team.device(device))
+        loaded, tokenizer = load_with(runtime, name, revision=revision, device=team.device(device), delta=delta)
         return ask(str(name), loaded, tokenizer, team)
 
-    measured = measure(model, revision)
-    return measured if against is None else replace(measured, reference=measure(against, None))
+    measured = measure(model, revision, delta)
+    return measured if against is None else replace(measured, reference=measure(against, None, None))
 
 
 @usual_settings()
@@ -325,15 +330,16 @@ def generate(  # noqa: PLR0913
     runtime: str = GENERATE_RUNTIME,
     device: str | None = None,
     revision: str | None = None,
+    delta: str | Path | None = None,
 ) -> str:
     """Return how a model continues `prompt`; greedy at temperature 0.
 
-    `runtime` is as in `evaluate`, but for its default: nothing is compared here, and packed is faster and smaller.
+    `runtime` and `delta` are as in `evaluate`; the default is packed, which is faster and smaller.
 
     Raises:
         QuantkitError: see `quantkit.errors`.
     """
-    loaded, tokenizer = load_with(runtime, model, revision=revision, device=device)
+    loaded, tokenizer = load_with(runtime, model, revision=revision, device=device, delta=delta)
     return generation.generate(
         loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )

@@ -268,6 +268,7 @@ def export(
 
 app.command()(pruning_command.prune)
 app.command()(personalize_command.personalize)
+app.command()(personalize_command.merge)
 for command in (judging.evaluate, judging.compare, judging.generate):
     app.command()(command)
 app.command(

@@ -247,8 +247,8 @@ class _Run:
         journal: Path | None,
         progress: Told,
     ) -> Personalized:
+        self._refuse_misfits(journal)
         begun = start(self.asked)
-        self._refuse_misfits(begun.estimator, journal)
         parameters = self.trainable.attach(model)
         for parameter in parameters.values():
             parameter.requires_grad_(begun.estimator.needs_gradients)
@@ -313,7 +313,8 @@ class _Run:
             training=training,
         )
 
-    def _refuse_misfits(self, estimator: Any, journal: Path | None) -> None:  # noqa: ANN401
+    def _refuse_misfits(self, journal: Path | None) -> None:
+        estimator = choices.find("gradients", self.kinds.gradient)
         if estimator.needs_gradients and not self.objective.differentiable:
             raise UsageError(f"{self.kinds.objective} has no gradient; use --gradient mezo, which needs none")
         if self.kinds.gradient in ("dp", "dice") and not self.trainable.per_example:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit import scoreboard
+from quantkit import display, scoreboard
 from quantkit.errors import UsageError
 from quantkit.failures import alone, errors
 from quantkit.flags import Device, Json, Output, Overwrite, Restart
@@ -115,6 +115,29 @@ def personalize(
                 progress=tell,
             )
         scoreboard.personalized(made.output, made.report, as_json=as_json)
+
+
+def merge(
+    model: Output,
+    delta: Annotated[Path, typer.Argument(help="What `quantkit personalize` wrote for it.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to write; it appears whole or not at all.")
+    ] = None,
+    round_: Annotated[
+        bool, typer.Option("--round", help="Round to the model's dtype what is not exact in it.")
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write MODEL with what DELTA learned as a part of it, where that is exact: bias, norm and scales."""
+    with errors(as_json), alone():
+        if output is None:
+            raise UsageError("say where the merged model goes: -o DIRECTORY")
+        from quantkit import merging
+
+        with display.status("merging", quiet=as_json):
+            made = merging.merge(model, delta, output=output, rounded=round_, overwrite=overwrite)
+        scoreboard.merged(made.output, made.bytes, len(made.changed), as_json=as_json)
 
 
 def _pairs(flag: str, values: list[str] | None) -> dict[str, Any] | None:

@@ -86,6 +86,14 @@ def personalized(output: Path, report: Facts, *, as_json: bool) -> None:
         print_notes(out, [report["stopped"]])
 
 
+def merged(output: Path, size: int, tensors: int, *, as_json: bool) -> None:
+    """Show what a merge wrote."""
+    if as_json:
+        print_json({"output": str(output), "bytes": size, "changed_tensors": tensors})
+    else:
+        out.print(f"{escape(str(output))}: {human_size(size)}, {tensors} tensors differ from the base")
+
+
 def refuse_output(file: Path | None) -> None:
     """Raise OutputError if a result could not be written to `file`; a file that exists is replaced."""
     if file is None:

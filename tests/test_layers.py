@@ -30,7 +30,7 @@ LEVELS = [
     {"preparation", "output"},
     {"material", "keeping"},
     {"keywords", "pictures", "pipeline"},
-    {"personalization", "pruned"},
+    {"merging", "personalization", "pruned"},
     {"api", "catalogue", "display"},
     {"failures", "flags", "interrupts", "scoreboard"},
     {"running"},

@@ -1,7 +1,8 @@
 """The result of a personalization: some float32 tensors in a safetensors file, and which model they belong to.
 
-The metadata say: `format`; `base`, the hash of the packed weights that they were trained with; `trainable`, its name
-and fields; `ledger`, what is known of privacy; `report`, how it came about. Nothing of the base is in it.
+The metadata have one key, `quantkit`, a JSON object: `format`; `base`, the hash of the packed weights that they were
+trained with; `trainable`, its name and fields; `ledger`, what is known of privacy, in a line; `report`, how it came
+about. Nothing of the base is in it.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ from quantkit.runtime.fused import fuse_again
 from quantkit.untrusted import parse_json
 
 FORMAT = "quantkit delta 1"
+KEY = "quantkit"  # the one key of the metadata: safetensors writes several in an order of its own
 SUFFIX = ".safetensors"
 
 
@@ -60,11 +62,11 @@ class Delta:
         told = {
             "format": FORMAT,
             "base": self.base,
-            "trainable": json.dumps({"name": self.trainable, "options": self.options}),
+            "trainable": {"name": self.trainable, "options": self.options},
             "ledger": self.ledger,
-            "report": json.dumps(self.report, sort_keys=True),
+            "report": self.report,
         }
-        save_whole(self.tensors, path, told)
+        save_whole(self.tensors, path, {KEY: json.dumps(told, sort_keys=True)})
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -77,20 +79,20 @@ class Delta:
             raise DataError(f"there is no delta {path}; give the file that quantkit personalize wrote")
         try:
             with safe_open(path, framework="pt") as file:
-                told = file.metadata() or {}
+                told = parse_json((file.metadata() or {}).get(KEY, "{}"))
                 if told.get("format") != FORMAT:
                     raise DataError(f"{path} is no delta of quantkit; give the file that quantkit personalize wrote")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-            trainable, report = parse_json(told["trainable"]), parse_json(told["report"])
+            kind = told["trainable"]
             delta = cls(
-                base=told["base"],
-                trainable=trainable["name"],
-                options=trainable["options"],
+                base=str(told["base"]),
+                trainable=str(kind["name"]),
+                options=dict(kind["options"]),
                 tensors=tensors,
-                ledger=told["ledger"],
-                report=report,
+                ledger=str(told["ledger"]),
+                report=dict(told["report"]),
             )
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is damaged: {error}; get it again") from error
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):

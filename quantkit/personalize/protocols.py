@@ -85,6 +85,7 @@ class Trainable(Protocol):
     """What may change; a frozen dataclass whose fields are hyper-parameters."""
 
     per_example: ClassVar[bool]  # whether every tensor is read through a `Slot`
+    unmergeable: ClassVar[str]  # why it cannot become a part of a checkpoint; empty: it can
     rate: ClassVar[float]  # a learning rate that suits Adam
 
     def attach(self, model: nn.Module) -> dict[str, nn.Parameter]:

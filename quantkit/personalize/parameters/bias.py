@@ -29,6 +29,7 @@ class Bias:
     """
 
     per_example: ClassVar[bool] = True
+    unmergeable: ClassVar[str] = ""
     rate: ClassVar[float] = 5e-3
     include: tuple[str, ...] = ("*",)
 

@@ -29,6 +29,7 @@ class Lora:
     """
 
     per_example: ClassVar[bool] = False
+    unmergeable: ClassVar[str] = "packed codes cannot hold the product of its matrices exactly"
     rate: ClassVar[float] = 1e-3
     include: tuple[str, ...] = ("*",)
     rank: int = 8

@@ -24,6 +24,7 @@ class Norm:
     """
 
     per_example: ClassVar[bool] = True
+    unmergeable: ClassVar[str] = ""
     rate: ClassVar[float] = 2e-3
     include: tuple[str, ...] = ("*",)
 

@@ -24,6 +24,7 @@ class Scales:
     """
 
     per_example: ClassVar[bool] = False
+    unmergeable: ClassVar[str] = ""
     rate: ClassVar[float] = 1e-4
     include: tuple[str, ...] = ("*",)
 

@@ -29,6 +29,7 @@ class SoftPrompt:
     """
 
     per_example: ClassVar[bool] = True
+    unmergeable: ClassVar[str] = "checkpoints have no place for virtual tokens"
     rate: ClassVar[float] = 3e-3
     tokens: int = 8
     start: int = 0
