@@ -182,7 +182,9 @@ def test_the_walk_and_passes_over_the_model_bring_batches_to_the_device(monkeypa
     held = Streams.keep
 
     def keep(self, tensor):
-        return held(self, tensor.as_subclass(OnHost))
+        chunk = held(self, tensor)
+        chunk.tensor = chunk.tensor.as_subclass(OnHost)
+        return chunk
 
     monkeypatch.setattr(Streams, "keep", keep)
     run(PASSES["distill"], Streams())
