@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         CheckResult,
         Comparison,
         Exported,
+        Pruned,
         Quantized,
         check,
         compare,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         load,
         make_recipe,
         plan,
+        prune,
         quantize,
     )
     from quantkit.modules import apply_masks, prune_module
@@ -33,6 +35,7 @@ __all__ = [
     "Comparison",
     "Exported",
     "Masks",
+    "Pruned",
     "Quantized",
     "apply_masks",
     "check",
@@ -44,6 +47,7 @@ __all__ = [
     "load",
     "make_recipe",
     "plan",
+    "prune",
     "prune_module",
     "quantize",
 ]

@@ -21,10 +21,12 @@ from quantkit.evaluation.perplexity import Perplexity, perplexity
 from quantkit.evaluation.runtimes import load_with, refuse_unknown_runtime
 from quantkit.evaluation.scores import TaskScores
 from quantkit.evaluation.vocabulary import refuse_other_tokens
+from quantkit.keywords import make_recipe
 from quantkit.model import names
 from quantkit.pipeline import Progress, execute, prepare
 from quantkit.planning import Plan
-from quantkit.recipe import Recipe, from_defaults
+from quantkit.pruned import Pruned, prune
+from quantkit.recipe import Recipe
 from quantkit.runtime import DEFAULT_RUNTIME, GENERATE_RUNTIME, packed_model
 from quantkit.units import parse_size
 
@@ -32,6 +34,7 @@ __all__ = [
     "CheckResult",
     "Comparison",
     "Exported",
+    "Pruned",
     "Quantized",
     "check",
     "compare",
@@ -42,6 +45,7 @@ __all__ = [
     "load",
     "make_recipe",
     "plan",
+    "prune",
     "quantize",
 ]
 
@@ -55,55 +59,18 @@ class Quantized:
     formats: Mapping[str, Path]
 
 
-def make_recipe(
-    model: str | Path,
-    *,
-    method: str | None = None,
-    preset: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    **fields: Any,  # noqa: ANN401
-) -> Recipe:
-    """Return the recipe of a run: that of a preset, or of one method.
-
-    Args:
-        model: a directory, a Hub id or an alias.
-        method: name of one method, with its own defaults.
-        preset: `fast`, `balanced`, `best` or `paper`; None without a method: `balanced`.
-        options: hyper-parameters; `lr` is set in the first pass that has one of that name, `distill.lr` in that pass.
-        fields: `wbits` or `target_bpw` (bits chosen by measured loss), `group_size` (None: one scale per row),
-            `symmetric`; `abits`, `symmetric_activations`, `kv_bits`; `rotate`; `ignore` (globs); `calibration` (a name,
-            a file, or `self`: text that the model writes), `samples`, `seqlen`, `batch_size`, `allow_short`; `seed`,
-            `revision`; `formats` (what to write besides compressed-tensors).
-
-    Raises:
-        UsageError: a value that is out of range, an unknown method, preset, field or hyper-parameter, or a method and a
-            preset.
-    """
-    renamed = {
-        "wbits": "bits",
-        "abits": "activation_bits",
-        "symmetric_activations": "activation_symmetric",
-        "calibration": "text",
-    }
-    changes = {
-        renamed.get(name, name): str(value) if isinstance(value, Path) else value for name, value in fields.items()
-    }
-    for name in {"ignore", "formats"} & changes.keys():
-        changes[name] = tuple(changes[name])
-    return from_defaults(str(model), changes, method=method, preset=preset, options=options)
-
-
-def quantize(
+def quantize(  # noqa: PLR0913
     model: str | Path | Recipe,
     *,
     output: str | Path,
     overwrite: bool = False,
+    restart: bool = False,
     device: str | None = None,
     memory: int | str | None = None,
     progress: Progress | None = None,
     **fields: Any,  # noqa: ANN401  checked by make_recipe's own signature
 ) -> Quantized:
-    """Quantize a model and write it, packed, to `output`.
+    """Quantize a model and write it, packed, to `output`; an interrupted run of the same arguments goes on.
 
     >>> quantkit.quantize("llama-7b", wbits=4, output="llama-7b-w4")
 
@@ -111,6 +78,7 @@ def quantize(
         model: a directory, a Hub id, an alias of the model zoo, or a whole recipe.
         output: the directory to write; it appears whole or not at all.
         overwrite: replace an existing output, which is kept until the new one is whole.
+        restart: begin anew instead of going on behind what an interrupted run finished.
         device: `cpu`, `cuda`, `cuda:1`; None: a GPU if there is one.
         memory: the most host memory to take, bytes or `8GiB`; None: a share of what is free. The result is the same.
         progress: told what happens; None: nobody.
@@ -121,7 +89,7 @@ def quantize(
     """
     recipe = model if isinstance(model, Recipe) else make_recipe(model, **fields)
     prepared = prepare(recipe, device, parse_size(memory))
-    report = execute(prepared, Path(output), overwrite=overwrite, progress=progress)
+    report = execute(prepared, Path(output), overwrite=overwrite, restart=restart, progress=progress)
     formats = {name: Path(output) / name for name in further(prepared.recipe.formats)}
     return Quantized(output=Path(output), report=report, formats=formats)
 

@@ -2,7 +2,7 @@
 
 from quantkit import methods, presets
 
-KINDS = ("methods", "presets", "models", "calibrations", "formats")
+KINDS = ("methods", "pruners", "presets", "models", "calibrations", "formats")
 
 
 def rows(kind: str) -> list[dict[str, str]]:
@@ -12,6 +12,8 @@ def rows(kind: str) -> list[dict[str, str]]:
             {"method": name, "what it does": methods.summary("quantizers", name)}
             for name in methods.names("quantizers")
         ]
+    if kind == "pruners":
+        return [{"method": name, "what it does": methods.summary("pruners", name)} for name in methods.names("pruners")]
     if kind == "presets":
         return [{"preset": name, "what it does": text} for name, text in presets.DESCRIPTIONS.items()]
     if kind == "formats":

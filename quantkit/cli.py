@@ -12,12 +12,12 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit import display, judging
+from quantkit import display, judging, pruning_command
 from quantkit.errors import CheckFailure, UsageError, nearest
 from quantkit.failures import OneLine, alone, errors, launched
-from quantkit.flags import Device, Json, Output, Revision
-from quantkit.interrupts import asked_once
-from quantkit.units import parse_size
+from quantkit.flags import Device, Json, Memory, Output, Restart, Revision, Sparsity
+from quantkit.pruning_command import given, settings
+from quantkit.running import run
 
 app = typer.Typer(
     name="quantkit",
@@ -113,6 +113,10 @@ def quantize(
         bool | None,
         typer.Option("--aug-loss/--no-aug-loss", help="Second loss term. (default: paper at 2 bits and W4A4)"),
     ] = None,
+    prune: Annotated[
+        str | None, typer.Option(help="Prune first, with this method: quantkit list pruners. (default: none)")
+    ] = None,
+    sparsity: Sparsity = None,
     rotate: Annotated[
         bool | None,
         typer.Option("--rotate/--no-rotate", help="Rotate the residual stream, folded into weights. (default: no)"),
@@ -127,13 +131,7 @@ def quantize(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. (default: 0)")] = None,
     device: Device = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Most host memory to take, e.g. 8GiB; activations that do not fit go to the disk, the result is the"
-            " same. (default: a share of what is free)"
-        ),
-    ] = None,
+    memory: Memory = None,
     revision: Revision = None,
     format_: Annotated[
         str | None,
@@ -147,10 +145,7 @@ def quantize(
         bool,
         typer.Option("--overwrite", help="Replace OUTPUT; the old one is kept until the new one is whole."),
     ] = False,
-    restart: Annotated[
-        bool,
-        typer.Option("--restart", help="Begin anew instead of going on with an interrupted run of the same OUTPUT."),
-    ] = False,
+    restart: Restart = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the plan (sites, sizes, memory, disk, time); compute nothing."),
@@ -166,8 +161,6 @@ def quantize(
     A run that was cut off, by whatever, goes on behind its last finished block when the same command is started again.
     """
     with errors(as_json), launched() as team:
-        from quantkit.pipeline import execute, prepare  # torch takes seconds to import: not for --help
-
         scheme = {
             "bits": wbits,
             "symmetric": symmetric,
@@ -184,38 +177,32 @@ def quantize(
             "allow_short": allow_short,
         }
         learning = {"updates": updates, "window": window, "let": let, "lwc_lr": lwc_lr, "aug_loss": aug_loss}
+        pruning = {"sparsity": sparsity}
         chosen = _recipe(
             model,
             recipe,
             {
-                **_given({**scheme, **text, "rotate": rotate, "seed": seed, "revision": revision}),
+                **given({**scheme, **text, "rotate": rotate, "seed": seed, "revision": revision}),
                 **({"ignore": tuple(ignore)} if ignore else {}),
                 **({"formats": _formats(format_)} if format_ else {}),
                 **({"group_size": _group_size(group_size)} if group_size else {}),
             },
             method=method,
             preset=preset,
-            options=_options(_given(learning), set_ or []),
+            prune=prune,
+            options=settings(given({**learning, **pruning}), set_ or []),
         )
-        if not dry_run and output is None:
-            raise UsageError("say where to write with -o DIRECTORY, or look first with --dry-run")
-        leads = team is None or team.leads
-        if output is not None and leads:
-            from quantkit.model.writer import refuse_existing
-
-            refuse_existing(output, overwrite=overwrite)
-        prepared = prepare(chosen, device, parse_size(memory), team)
-        if dry_run or output is None:
-            if leads:
-                display.plan(prepared.plan, prepared.recipe, as_json=as_json)
-            return
-        with (
-            display.QuantizeProgress(prepared.recipe, quiet=as_json or not leads) as progress,
-            asked_once(display.warned if leads else lambda _: None) as stop,
-        ):
-            report = execute(prepared, output, overwrite=overwrite, restart=restart, progress=progress, stop=stop)
-        if leads:
-            display.quantized(output, report, as_json=as_json)
+        run(
+            chosen,
+            output,
+            team=team,
+            device=device,
+            memory=memory,
+            overwrite=overwrite,
+            restart=restart,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
 
 
 @app.command()
@@ -270,7 +257,7 @@ def export(
     with errors(as_json), alone():
         from quantkit import api
 
-        formats, options = _formats(format_), _options({}, set_ or [])
+        formats, options = _formats(format_), settings({}, set_ or [])
         if to is not None and len(formats) > 1:
             raise UsageError(f"-o {to} is the place of one format, not of {len(formats)}; leave out one of them")
         made = []
@@ -280,6 +267,7 @@ def export(
         display.exported(made, as_json=as_json)
 
 
+app.command()(pruning_command.prune)
 for command in (judging.evaluate, judging.compare, judging.generate):
     app.command()(command)
 app.command(
@@ -290,10 +278,10 @@ app.command(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="methods, presets, models, calibrations or formats.")],
+    what: Annotated[str, typer.Argument(help="methods, pruners, presets, models, calibrations or formats.")],
     as_json: Json = False,
 ) -> None:
-    """List what there is: methods, presets, models (aliases), calibrations (texts) or formats."""
+    """List what there is: methods, pruners, presets, models (aliases), calibrations (texts) or formats."""
     with errors(as_json):
         from quantkit import catalogue
 
@@ -328,22 +316,6 @@ def _recipe(model: str | None, file: Path | None, changes: dict[str, Any], **how
     if model is not None:
         return from_defaults(model, changes, **how)
     raise UsageError("name a model: quantkit quantize MODEL -o DIRECTORY (quantkit list models shows aliases)")
-
-
-def _options(flags: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """Return the hyper-parameters that have a flag of their own, and those of `--set`."""
-    from quantkit.recipe import parse_setting
-
-    options = dict(flags)
-    for name, value in map(parse_setting, settings):
-        if name in options:
-            raise UsageError(f"the hyper-parameter {name} is given twice; leave one out")
-        options[name] = value
-    return options
-
-
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _formats(text: str) -> tuple[str, ...]:

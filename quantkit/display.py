@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColu
 from rich.table import Table
 from rich.text import Text
 
+from quantkit.pictures import bits_picture
 from quantkit.units import human_size, human_time
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from quantkit.conversion import Exported
     from quantkit.planning import Plan
     from quantkit.recipe import Recipe
-
-# of the digits that show how many bits a linear got: the fewer, the warmer
-_COLORS = ("dim", "red", "red", "yellow", "green", "cyan", "blue", "blue", "magenta")
 
 # what may happen to a block, by the name of the note, and what the block or model then has
 _TROUBLE = {"fallback": "rounded to nearest", "diverged": "training diverged, its best pass was kept"}
@@ -175,6 +173,15 @@ def quantized(output: Path, report: Mapping[str, Any], *, as_json: bool) -> None
         left_out = ("tensors", "sites", "sha256")
         print_json({"output": str(output), **{key: value for key, value in report.items() if key not in left_out}})
         return
+    out.print(_result_table(output, report))
+    if "allocation" in report:
+        out.print(bits_picture(report["allocation"]["groups"]))
+    print_notes(out, report["notes"])
+    out.print(f"next: quantkit check {output}", markup=False)
+
+
+def _result_table(output: Path, report: Mapping[str, Any]) -> Table:
+    """One row per fact of a run's report."""
     measured, blocks = report["measured"], report["blocks"]
     before = sum(block["error_rtn"] for block in blocks) / len(blocks)
     after = sum(block["error"] for block in blocks) / len(blocks)
@@ -184,11 +191,14 @@ def quantized(output: Path, report: Mapping[str, Any], *, as_json: bool) -> None
         "scheme",
         f"{report['scheme'].partition(',')[0]} by {report['method']}, {report['bits_per_weight']:.2f} bits per weight",
     )
-    table.add_row("quantized", f"{share:.1%} of {report['parameters']:,} parameters")
+    if share:
+        table.add_row("quantized", f"{share:.1%} of {report['parameters']:,} parameters")
+    for name, text in _pruned_rows(report.get("sparsity")):
+        table.add_row(name, text)
     also = "".join(f", also as {name}" for name in report["formats"])
     table.add_row("size", f"{human_size(measured['output_bytes'])} of weights{also}")
     learned = f" → {after:.3e} kept ({after / before - 1:+.0%})" if before and after != before else ""
-    table.add_row("block error", f"{before:.3e} rounding to nearest{learned}")
+    table.add_row("block error", f"{before:.3e}{' rounding to nearest' * bool(share)}{learned}")
     for name, meaning in _TROUBLE.items():
         if affected := [str(block["index"]) for block in blocks if name in block["notes"]]:
             table.add_row(name, f"[yellow]{meaning} in block{'s' * (len(affected) > 1)} {', '.join(affected)}[/]")
@@ -201,11 +211,15 @@ def quantized(output: Path, report: Mapping[str, Any], *, as_json: bool) -> None
         if name in whole:
             table.add_row("distilling", f"[yellow]{name}: {whole[name]}[/]")
     table.add_row("took", f"{human_time(measured['seconds'])}, peak memory {_peak(report)}")
-    out.print(table)
-    if "allocation" in report:
-        out.print(_bits_picture(report["allocation"]["groups"]))
-    print_notes(out, report["notes"])
-    out.print(f"next: quantkit check {output}", markup=False)
+    return table
+
+
+def _pruned_rows(facts: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """Yield what is said of pruning, nothing if nothing was pruned."""
+    if facts:
+        yield "pruned", f"{facts['share']:.1%} of the weights of {len(facts['linears'])} linears"
+        about = "about " * facts["estimated"]
+        yield "compressed", f"{about}{human_size(facts['compressed_bytes'])} if {facts['compressor']} packs the files"
 
 
 def checked(output: Path, faults: Sequence[str], facts: Mapping[str, Any], *, as_json: bool) -> None:
@@ -268,10 +282,13 @@ def _plan_table(plan: "Plan", recipe: "Recipe") -> Table:
     described = f"described by {plan.architecture}.toml" if plan.architecture else "no architecture file"
     table.add_row("model", f"{plan.model_type}, {plan.blocks} blocks, {plan.parameters:,} parameters, {described}")
     table.add_row("method", escape(method.replace(" ()", "")))
+    if plan.pruned:
+        table.add_row("pruned", plan.pruned)
     most = "at most " if plan.budget and not plan.allocation else ""
-    bits = f"{most}{plan.bits_per_weight:.2f} bits per weight with scales and zero points"
-    table.add_row("scheme", f"{plan.scheme.partition(',')[0]}: {bits}")
-    table.add_row("quantized", f"{len(plan.shapes)} linears, {share:.1%} of the parameters")
+    if plan.rounds:
+        bits = f"{most}{plan.bits_per_weight:.2f} bits per weight with scales and zero points"
+        table.add_row("scheme", f"{plan.scheme.partition(',')[0]}: {bits}")
+        table.add_row("quantized", f"{len(plan.shapes)} linears, {share:.1%} of the parameters")
     table.add_row(
         "text",
         f"{escape(text.text)}, {plan.samples} sequences of {plan.seqlen} tokens, {text.batch_size} per batch",
@@ -328,26 +345,6 @@ def _sites_table(plan: "Plan") -> Table:
     for (local, (rows, columns)), count in kinds.items():
         table.add_row(local, str(count), f"{rows} × {columns}", scheme)
     return table
-
-
-def _bits_picture(groups: Sequence[Mapping[str, Any]]) -> Table:
-    """One row per group of linears, one digit per block: the bits that it got; a dot where it is not quantized."""
-    bits = {(group["group"], group["block"]): _bits_of(group["scheme"]) for group in groups}
-    blocks = range(1 + max(block for _, block in bits))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("bits")
-    table.add_column(f"blocks 0 to {blocks[-1]}", no_wrap=True)
-    table.add_column("mean", justify="right")
-    for name in dict.fromkeys(name for name, _ in bits):
-        row = [bits.get((name, block), 0) for block in blocks]
-        digits = "".join(f"[{_COLORS[width]}]{width or '·'}[/]" for width in row)
-        chosen = [width for width in row if width]
-        table.add_row(escape(name), digits, f"{sum(chosen) / len(chosen):.1f}")
-    return table
-
-
-def _bits_of(scheme: str) -> int:
-    return int(scheme[1 : scheme.index("a")])
 
 
 def facts_table(title: str) -> Table:

@@ -127,7 +127,9 @@ def alone() -> Iterator[None]:
     Raises:
         UsageError: a launcher started others beside this one.
     """
-    with launched() as team:
-        if team is not None:
-            raise UsageError(f"this command runs in one process, not in {team.size}; start it without the launcher")
-        yield
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1" and not leads():
+        raise typer.Exit(UsageError.exit_code)
+    if size != "1":
+        raise UsageError(f"this command runs in one process, not in {size}; start it without the launcher")
+    yield

@@ -14,3 +14,26 @@ Runtime = Annotated[
     str,
     typer.Option(help="dense unpacks the weights, as transformers does; packed computes with them packed."),
 ]
+Sparsity = Annotated[
+    str | None,
+    typer.Option(
+        help="How much is pruned: a share such as 0.5, or N:M such as 2:4: N of every M inputs stay. (default: 0.5)"
+    ),
+]
+Allocation = Annotated[
+    str | None,
+    typer.Option(
+        help="What share each linear loses: uniform, magnitude (one threshold for the whole model), loss or mfac"
+        " (what costs the blocks' outputs least). (default: uniform)"
+    ),
+]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Begin anew instead of going on with an interrupted run of the same OUTPUT.")
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Most host memory to take, e.g. 8GiB; activations that do not fit go to the disk, the result is the"
+        " same. (default: a share of what is free)"
+    ),
+]

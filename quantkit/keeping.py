@@ -78,6 +78,7 @@ class Keeper:
         """Give a finished block what was decided about it."""
         facts = self.journal.block(block.index)
         self.sink.restore(block, facts["changed"])
+        self.sink.zeros |= facts["zeros"]
         return BlockReport(**facts["report"])
 
     def reopen(self, blocks: Sequence[Block]) -> Mapping[str, object]:
@@ -107,6 +108,7 @@ class Keeper:
         facts = {
             "report": asdict(report),
             "changed": sorted(block.changed),
+            "zeros": {site.name: self.sink.zeros[site.name] for site in block.sites if site.name in self.sink.zeros},
             "shards": len(self.sink.shards.written),
             "sha256": [sha256(shard) for shard in self.sink.shards.written[self._before() :]],
             "stream": digest,
@@ -128,6 +130,7 @@ class Keeper:
             "sha256": [sha256(shard) for shard in sink.shards.written],
             "replaced": sorted(sink.replaced),
             "written": sink.written,
+            "zeros": sink.zeros,
         }
         self.journal.note("result", facts, {"tokens": sample.tokens, "logits": sample.logits})
 
@@ -139,6 +142,7 @@ class Keeper:
         tensors = self.journal.tensors("result")
         for shard, digest in zip(sink.shards.written, facts["sha256"], strict=True):
             self.journal.verify(shard, digest)
+        sink.zeros = facts["zeros"]
         sink.replaced = {*facts["replaced"]}
         sink.written = {name: (kind, tuple(shape)) for name, (kind, shape) in facts["written"].items()}
         reports = [BlockReport(**self.journal.block(index)["report"]) for index in range(self.finished)]

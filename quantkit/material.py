@@ -4,25 +4,31 @@ Each is taken from the journal where an earlier process has it. Of several proce
 journal, the others are told.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
 
 from quantkit.allocation import Losses
 from quantkit.calibrate.data import calibration_tokens, load_tokenizer
+from quantkit.calibrate.engine import Engine
 from quantkit.calibrate.journal import Journal
 from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.self_text import sample_tokens
 from quantkit.calibrate.sensitivity import SHRINK, Sensitivity
+from quantkit.calibrate.streams import Streams
+from quantkit.calibrate.team import Team
 from quantkit.calibrate.text import SELF, read_text
 from quantkit.calibrate.walk import Listener
+from quantkit.core.masks import Sparsity
 from quantkit.errors import DataError, ModelError
 from quantkit.evaluation.loading import load_model
 from quantkit.exporters.compressed_tensors import CompressedTensors
 from quantkit.model import names
 from quantkit.model.checkpoint import Checkpoint, fingerprint
 from quantkit.preparation import Prepared
+from quantkit.shares import allocated
+from quantkit.sparsities import pruner_of
 from quantkit.workload import writing_batch
 
 
@@ -143,3 +149,41 @@ def _measured(prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, progre
         scale_dtype=plan.scale_dtype,
         device=plan.device,
     ).run(tokens, progress.progress)
+
+
+def share(
+    prepared: Prepared, checkpoint: Checkpoint, tokens: Tensor, journal: Journal | None, progress: Listener
+) -> Prepared:
+    """Return the run with the share that each linear loses, where the pass that prunes does not say the same of all."""
+    step = pruner_of(prepared.recipe.build_passes())
+    if step is None or step.allocation == "uniform":
+        return prepared
+    shares: Any = None
+    if journal:
+        shares = journal.recall("shares")
+        if shares is None:
+            progress.stage("measuring")
+            whole = engine(replace(prepared, team=Team()), checkpoint, Streams())
+            found = allocated(step.allocation, whole, tokens, progress.progress)
+            shares = {name: asdict(sparsity) for name, sparsity in found.items()}
+            journal.note("shares", shares)
+    shares = prepared.team.say(shares)
+    sparsity = {name: Sparsity(**facts) for name, facts in shares.items()}
+    return replace(prepared, plan=replace(prepared.plan, sparsity=sparsity))
+
+
+def engine(prepared: Prepared, checkpoint: Checkpoint, streams: Streams) -> Engine:
+    """Return what walks over the blocks."""
+    return Engine(
+        skeleton=prepared.skeleton,
+        checkpoint=checkpoint,
+        passes=list(prepared.recipe.build_passes().values()),
+        schemes=prepared.plan.schemes,
+        scale_dtype=prepared.plan.scale_dtype,
+        device=prepared.plan.device,
+        seed=prepared.recipe.seed,
+        rotation=prepared.rotation,
+        sparsity=prepared.plan.sparsity,
+        team=prepared.team,
+        streams=streams,
+    )

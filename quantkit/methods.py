@@ -7,7 +7,7 @@ from typing import Any
 
 from quantkit.errors import UsageError, nearest
 
-FAMILIES = ("quantizers", "exporters")
+FAMILIES = ("pruners", "quantizers", "exporters")
 
 
 @cache
@@ -28,6 +28,16 @@ def find(family: str, name: str) -> Any:  # noqa: ANN401  each family has its ow
         kind = "format" if family == "exporters" else "method"
         raise UsageError(f"unknown {kind} {name!r}{nearest(name, names(family))}")
     return import_module(f"quantkit.{family}.{name.replace('-', '_')}").METHOD
+
+
+def family_of(name: str) -> str:
+    """Return the family of a pass: `pruners` if it is one of them, otherwise `quantizers`, of which it should be."""
+    return "pruners" if name in names("pruners") else "quantizers"
+
+
+def passes() -> tuple[str, ...]:
+    """Return the names of all that can be a pass of a recipe."""
+    return (*names("quantizers"), *names("pruners"))
 
 
 def summary(family: str, name: str) -> str:

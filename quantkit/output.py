@@ -27,19 +27,22 @@ class Sink:
 
     Attributes:
         replaced: names of the source's tensors that something else takes the place of.
+        zeros: module name → weights of a linear that were pruned.
         written: tensor name → (safetensors dtype, shape) of everything that was written.
     """
 
-    def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint, shards: Shards) -> None:
-        """Begin with nothing."""
-        self.skeleton, self.checkpoint, self.shards = skeleton, checkpoint, shards
+    def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint, shards: Shards, *, rounds: bool = True) -> None:
+        """Begin with nothing; unless the run `rounds`, linears are among the parameters that a block changed."""
+        self.skeleton, self.checkpoint, self.shards, self.rounds = skeleton, checkpoint, shards, rounds
         self.replaced: set[str] = set()
         self.written: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.zeros: dict[str, int] = {}
 
     def emit(self, block: Block) -> None:
         """Write the tensors that were made of a block under the names that the source gave them."""
         exporter = CompressedTensors()
-        for site in block.sites:
+        self.zeros |= {site.name: int((~site.mask).sum()) for site in block.sites if site.mask is not None}
+        for site in block.sites if self.rounds else ():
             assert site.quantized is not None, f"{site.name} was not rounded"
             prefix, _ = self._enter_site(site)
             for end, tensor in exporter.encode(site.quantized).items():
@@ -52,7 +55,7 @@ class Sink:
     def restore(self, block: Block, changed: Iterable[str]) -> None:
         """Give a block what was written of it; `changed` are its parameters that `block.changed` named."""
         exporter = CompressedTensors()
-        for site in block.sites:
+        for site in block.sites if self.rounds else ():
             prefix, ends = self._enter_site(site)
             tensors = self.shards.load([prefix + end for end in ends])
             device = site.weight.device
@@ -131,7 +134,8 @@ def write_side_files(
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if rotation:  # said even where it is the family's default
         config["tie_word_embeddings"] = False
-    config["quantization_config"] = CompressedTensors().config(plan.schemes, plan.classes, plan.dense)
+    if plan.rounds:
+        config["quantization_config"] = CompressedTensors().config(plan.schemes, plan.classes, plan.dense)
     writer.write_text("config.json", as_json(config))
     writer.write_text(RECIPE, recipe.to_toml())
     writer.write_text(CHECK, json.dumps(check_document(sample.tokens, sample.logits)) + "\n")

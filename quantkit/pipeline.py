@@ -1,7 +1,9 @@
 """One run from a recipe to a directory: everything is refused in `prepare`, everything is computed in `execute`."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,13 +21,14 @@ from quantkit.errors import OutputError
 from quantkit.evaluation.manifest import RECIPE, REPORT, tensor_manifest
 from quantkit.host import peak_memory
 from quantkit.keeping import Keeper, Shared
-from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.workspace import Workspace, clear_disk_errors
 from quantkit.model.writer import Shards, Writer
 from quantkit.output import Sink, as_json, write_side_files
 from quantkit.planning import Plan
 from quantkit.preparation import Prepared, identity, prepare, refuse_what_cannot_work
 from quantkit.provenance import Timed, machine, tokens_sha256, versions
+from quantkit.shares import with_samples
+from quantkit.sparsities import pruned_facts
 
 __all__ = ["Prepared", "Progress", "Silent", "execute", "peak_memory", "prepare"]
 
@@ -95,7 +98,7 @@ def execute(
     refuse_what_cannot_work(prepared, output, overwrite=overwrite)
     if not prepared.team.leads:
         return _follow(prepared, output)
-    with Workspace(output) as place:
+    with Workspace(output) as place, _random_kept():
         if prepared.team.say(place.finished and not restart):
             return _finished(prepared, place)
         journal = Journal(place.run, identity(prepared), restart=restart)
@@ -106,6 +109,16 @@ def execute(
                 done = f", behind block {journal.finished - 1}" if journal.finished else ""
                 error.add_note(f"the same command goes on{done}")
             raise
+
+
+@contextmanager
+def _random_kept() -> Iterator[None]:
+    """Leave Python's global generator as it was: torch draws from it when an optimizer is first used."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def _run(
@@ -123,10 +136,11 @@ def _run(
     tokens = material.calibration(prepared, journal, watch)
     checkpoint, digests = material.weights(prepared, journal, watch)
     prepared = material.spend(prepared, checkpoint, tokens, journal, watch)
+    prepared = material.share(prepared, checkpoint, tokens, journal, watch)
     watch.stage("calibrating")
     staged = any(not step.blocks_at_once for step in prepared.recipe.build_passes().values())
     with Writer(place.output, overwrite=overwrite, place=place, keep=_shards(journal, staged=staged)) as writer:
-        sink = Sink(prepared.skeleton, checkpoint, writer.shards)
+        sink = Sink(prepared.skeleton, checkpoint, writer.shards, rounds=prepared.plan.rounds)
         keeper = Keeper(
             journal,
             Sink(prepared.skeleton, checkpoint, _staging(place, journal)) if staged else sink,
@@ -136,7 +150,7 @@ def _run(
             watch=watch,
             stop=stop,
         )
-        engine = _engine(prepared, checkpoint, Streams(prepared.plan.stream_bytes, place.made))
+        engine = material.engine(prepared, checkpoint, Streams(prepared.plan.stream_bytes, place.made))
         result = keeper.result(sink)
         prepared.team.say(result is not None)
         reports, sample, whole = result or _calibrate(engine, tokens, prepared, sink, keeper, watch)
@@ -164,9 +178,13 @@ def _follow(prepared: Prepared, output: Path) -> dict[str, Any]:
     tokens = material.calibration(prepared, None, Silent())
     checkpoint, _ = material.weights(prepared, None, Silent())
     prepared = material.spend(prepared, checkpoint, tokens, None, Silent())
+    prepared = material.share(prepared, checkpoint, tokens, None, Silent())
     if not team.say(None):  # only the writing is left
         beside = output.resolve().parent
-        engine = _engine(prepared, checkpoint, Streams(prepared.plan.stream_bytes, beside if beside.exists() else None))
+        engine = material.engine(
+            prepared, checkpoint, Streams(prepared.plan.stream_bytes, beside if beside.exists() else None)
+        )
+        engine = with_samples(engine, prepared.recipe, tokens)
         engine.run(_batches(prepared, tokens), lambda block: None, Silent(), None, Shared(team))  # noqa: ARG005
     return {}
 
@@ -181,6 +199,7 @@ def _calibrate(
 ) -> tuple[list[BlockReport], CheckSample, dict[str, Any]]:
     """Walk over the blocks; return their reports, the check sample, and what passes over the whole model noted."""
     whole = dict[str, Any]()
+    engine = with_samples(engine, prepared.recipe, tokens)
     reports, sample = engine.run(_batches(prepared, tokens), sink.emit, watch, whole, Shared(prepared.team, keeper))
     keeper.note_result(sample, whole, sink)
     return reports, sample, whole
@@ -217,21 +236,6 @@ def _keep_first(journal: Journal, tokens: Tensor, hashes: Mapping[str, str]) -> 
     journal.note("source", dict(hashes))
     if journal.recall("tokens") is None:
         journal.note("tokens", {}, {"tokens": tokens})
-
-
-def _engine(prepared: Prepared, checkpoint: Checkpoint, streams: Streams) -> Engine:
-    return Engine(
-        skeleton=prepared.skeleton,
-        checkpoint=checkpoint,
-        passes=list(prepared.recipe.build_passes().values()),
-        schemes=prepared.plan.schemes,
-        scale_dtype=prepared.plan.scale_dtype,
-        device=prepared.plan.device,
-        seed=prepared.recipe.seed,
-        rotation=prepared.rotation,
-        team=prepared.team,
-        streams=streams,
-    )
 
 
 def _report(
@@ -275,7 +279,12 @@ def _report(
         "attempts": {"count": keeper.attempt, "identical": keeper.identical},
         "blocks": [asdict(block) for block in blocks],
         **({"allocation": plan.allocation.facts()} if plan.allocation else {}),
-        "sites": list(plan.schemes),
+        **(
+            {"sparsity": pruned_facts(plan.shapes, plan.sparsity, sink.zeros, sink.shards.directory)}
+            if plan.sparsity
+            else {}
+        ),
+        "sites": list(plan.schemes) if plan.rounds else [],
         "tensors": tensor_manifest(sink.written),
         "sha256": dict(hashes),
     }

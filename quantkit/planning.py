@@ -1,23 +1,24 @@
 """What a run will do, before it does anything: sites, sizes, memory, disk, time."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from quantkit import conversion, costs
+from quantkit import conversion, costs, sparsities
 from quantkit.allocation import Allocation, Budget, Losses, describe
+from quantkit.core.masks import Sparsity
 from quantkit.core.scheme import UNQUANTIZED, QuantScheme
 from quantkit.errors import UsageError
-from quantkit.exporters.compressed_tensors import CompressedTensors
+from quantkit.evaluation.manifest import DENSE
 from quantkit.limits import Limits
 from quantkit.model.activations import attentions
-from quantkit.model.checkpoint import BYTES
 from quantkit.model.equivalence import find_pairs
 from quantkit.model.skeleton import LINEARS, Skeleton
 from quantkit.recipe import SAMPLES_TO_CHECK, Calibration, Recipe, with_changes
+from quantkit.sizes import bits_per_weight, most_bytes, packed_bytes, sizes_of
 from quantkit.workload import Workload, count, shape, workload
 
 LEARNED = ("fast", "balanced", "best")  # the presets among which a user chooses, from the cheapest
@@ -76,6 +77,8 @@ class Plan:
         seconds: predicted duration of the calibration.
         budget: what `--target-bpw` asks for, None without it.
         allocation: how the budget was spent, None before that.
+        sparsity: module name → how much of it is pruned.
+        rounds: whether what is not pruned is quantized; otherwise all weights keep their dtype.
         presets: what the presets would take.
         refusal: why the run will be refused, None if it will not.
         notes: what the user should know, one sentence each.
@@ -105,6 +108,8 @@ class Plan:
     seconds: float
     budget: Budget | None = None
     allocation: Allocation | None = None
+    sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
+    rounds: bool = True
     presets: tuple[PresetCost, ...] = ()
     refusal: str | None = None
     formats: tuple[str, ...] = ()
@@ -123,20 +128,26 @@ class Plan:
     @property
     def quantized_parameters(self) -> int:
         """Number of weights that are quantized."""
-        return sum(rows * columns for rows, columns in self.shapes.values())
+        return sum(rows * columns for rows, columns in self.shapes.values()) if self.rounds else 0
+
+    @property
+    def pruned(self) -> str:
+        """Say what is pruned, '' if nothing is."""
+        kinds = "/".join(dict.fromkeys(map(str, self.sparsity.values()))) if len(self.sparsity) else ""
+        return f"{kinds} of {len(self.sparsity)} linears" if kinds else ""
 
     def spend(self, losses: Losses) -> "Plan":
         """Return the plan with the budget spent by measured losses."""
         assert self.budget is not None, "there is no budget to spend"
         allocation = self.budget.spend(losses)
         schemes = {name: allocation.schemes[name] for name in self.schemes}
-        bits = _bits_per_weight(self.shapes, schemes)
+        bits = bits_per_weight(self.shapes, schemes)
         return replace(
             self,
             schemes=schemes,
             scheme=describe(schemes, bits),
             bits_per_weight=bits,
-            output_bytes=self.output_bytes - _most_bytes(self.budget) + _packed_bytes(self.shapes, schemes),
+            output_bytes=self.output_bytes - most_bytes(self.budget) + packed_bytes(self.shapes, schemes),
             allocation=allocation,
         )
 
@@ -151,10 +162,10 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device, memory: 
     linears = _block_linears(skeleton)
     schemes = _assign_schemes(linears, recipe)
     shapes = {name: shape(linears[name]) for name in schemes}
+    step = sparsities.pruner_of(recipe.build_passes())
     budget = _budget(skeleton, recipe, {name: linears[name] for name in schemes})
-    packed = _most_bytes(budget) if budget else _packed_bytes(shapes, schemes)
-    bits = budget.target if budget else _bits_per_weight(shapes, schemes)
     work = _workload(skeleton, recipe, budget, device)
+    packed, bits = sizes_of(recipe, shapes, schemes, budget, work)
     speed = costs.machine_speed(device)
     _refuse_too_large_to_write(work)
     parameters = count(skeleton.model.parameters()) + (_tied_head(skeleton) if recipe.rotate else 0)
@@ -169,14 +180,10 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device, memory: 
         blocks=work.blocks,
         shapes=shapes,
         schemes=schemes,
-        scheme=describe({str(each): each for each in budget.schemes} if budget else schemes, bits),
+        scheme=DENSE if recipe.dense else describe(_distinct(budget) if budget else schemes, bits),
         bits_per_weight=bits,
         classes=classes,
-        dense=tuple(
-            name
-            for name, module in skeleton.model.named_modules()
-            if isinstance(module, LINEARS) and name not in schemes
-        ),
+        dense=_dense(skeleton, schemes),
         parameters=parameters,
         samples=work.samples,
         seqlen=work.seqlen,
@@ -191,16 +198,30 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, device: torch.device, memory: 
         device_bytes=costs.device_memory(work),
         seconds=costs.duration(work, speed),
         budget=budget,
+        sparsity=sparsities.assign({name: linears[name] for name in schemes}, step) if step else {},
+        rounds=not recipe.dense,
         presets=presets,
-        refusal=limits.refusal(work, [(name, others[name]) for name in reversed(LEARNED) if others[name] is not work]),
+        refusal=limits.refusal(
+            work, [(name, others[name]) for name in LEARNED[::-1] if others.get(name, work) is not work]
+        ),
         formats=tuple(conversion.further(recipe.formats)),
         notes=(
             *_family_notes(skeleton, schemes, budget),
             *_attention_notes(skeleton, schemes),
             *_method_notes(skeleton, recipe),
-            *conversion.notices(recipe.formats, schemes, classes),
+            *(() if recipe.dense else conversion.notices(recipe.formats, schemes, classes)),
         ),
     )
+
+
+def _dense(skeleton: Skeleton, schemes: Container[str]) -> tuple[str, ...]:
+    """Return the names of the linears that no scheme is for."""
+    named = skeleton.model.named_modules()
+    return tuple(name for name, module in named if isinstance(module, LINEARS) and name not in schemes)
+
+
+def _distinct(budget: Budget) -> dict[str, QuantScheme]:
+    return {str(each): each for each in budget.schemes}
 
 
 def _tied_head(skeleton: Skeleton) -> int:
@@ -327,6 +348,8 @@ def _presets(skeleton: Skeleton, recipe: Recipe, chosen: Workload, budget: Budge
 
     In the place of a method that learns nothing, and was given just text to check, they get as much as they learn from.
     """
+    if recipe.dense:
+        return {}
     found, passes = {}, recipe.build_passes()
     learns = any(step.learns for step in passes.values())
     few = not learns and recipe.calibration.samples == SAMPLES_TO_CHECK
@@ -355,22 +378,3 @@ def _refuse_too_large_to_write(work: Workload) -> None:
             f"--calibration self needs the whole model in memory, {needed / 1e9:.1f} GB on {work.device} where "
             f"{free / 1e9:.1f} GB are free; use --calibration embedded or a text file, or a smaller --seqlen"
         )
-
-
-def _packed_bytes(shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, QuantScheme]) -> int:
-    return sum(
-        BYTES[kind] * torch.Size(size).numel()
-        for name, shape in shapes.items()
-        for kind, size in CompressedTensors().layout(shape, schemes[name], "F16").values()
-    )
-
-
-def _most_bytes(budget: Budget) -> int:
-    """Return the most bytes that the packed linears may take: the budget, and the shape that is stored with each."""
-    return -(-budget.limit // 8) + 2 * BYTES["I64"] * len(budget.shapes)
-
-
-def _bits_per_weight(shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, QuantScheme]) -> float:
-    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
-    bits = sum(size * schemes[name].bits_per_weight(shapes[name][1]) for name, size in sizes.items())
-    return bits / sum(sizes.values())

@@ -19,6 +19,7 @@ from quantkit.model.writer import refuse_existing, refuse_full_disk
 from quantkit.planning import Plan, make_plan
 from quantkit.provenance import versions
 from quantkit.recipe import Recipe
+from quantkit.shares import refuse_too_large
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ def prepare(recipe: Recipe, device: str | None = None, memory: int | None = None
     share = memory // team.local_size if memory else None
     plan = make_plan(skeleton, _share(recipe, team), pick_device(team.device(device)), share)
     _refuse_formats(recipe, source, plan)
+    refuse_too_large(plan, recipe)
     rotation = Rotation.of(skeleton, recipe.seed) if recipe.rotate else None
     return Prepared(recipe=recipe, source=source, skeleton=skeleton, plan=plan, rotation=rotation, team=team)
 
@@ -65,6 +67,8 @@ def _share(recipe: Recipe, team: Team) -> Recipe:
 
 
 def _refuse_formats(recipe: Recipe, source: Source, plan: Plan) -> None:
+    if not plan.rounds:
+        return
     schemes = {str(each): each for each in plan.budget.schemes} if plan.budget else plan.schemes
     refuse_unfit(recipe.formats, schemes, plan.shapes, plan.classes, source.path)
 

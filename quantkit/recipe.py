@@ -1,23 +1,24 @@
 """A recipe: everything that decides what a run makes, as a value that is written beside the model and read back."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain
 from math import isfinite
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Self, TypeVar
 
 import tomli_w
 
 from quantkit import methods, presets
-from quantkit.calibrate.passes import Pass, Phase
+from quantkit.calibrate.passes import Pass, refuse_wrong_passes
 from quantkit.core.scheme import MAX_BITS, MIN_BITS, QuantScheme
-from quantkit.errors import UsageError, nearest
+from quantkit.errors import UsageError
+from quantkit.fields import build_dataclass, refuse_misfits, refuse_unknown
 from quantkit.untrusted import parse_toml, read_document
 
 R = TypeVar("R", bound="Recipe")
 
+DEFAULT_PRUNER = "sparsegpt"
 DEFAULT_GROUP_SIZE = 128  # the one group size that every runtime of the field has kernels for
 SAMPLES_TO_CHECK = 4
 
@@ -61,6 +62,7 @@ class Recipe:
             loss instead of taken from `scheme`, which must be symmetric. None: `scheme` says it all.
         ignore: globs of module names that stay dense; every glob must match something.
         passes: method name → hyper-parameters that differ from the method's defaults for the scheme, in order.
+        dense: weights are pruned and stay in the model's own dtype; no pass rounds, and `scheme` means nothing.
         rotate: rotate the residual stream by a random Hadamard matrix, folded into the weights.
         calibration: the text.
         formats: what is written, besides compressed-tensors in any case.
@@ -73,6 +75,7 @@ class Recipe:
     target_bpw: float | None = None
     ignore: tuple[str, ...] = ()
     passes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"omniquant": {}})
+    dense: bool = False
     rotate: bool = False
     calibration: Calibration = field(default_factory=Calibration)
     formats: tuple[str, ...] = ()
@@ -84,6 +87,8 @@ class Recipe:
                 raise UsageError(f"{name!r} is not UTF-8, so no recipe can name it; rename it, or make a link to it")
         for name in self.formats:
             methods.find("exporters", name)
+        if self.dense and (self.formats or self.rotate or self.target_bpw is not None):
+            raise UsageError("pruned weights that are not rounded are written as they are; leave out formats and bits")
         if self.target_bpw is None:
             return
         if not isfinite(self.target_bpw):
@@ -97,13 +102,15 @@ class Recipe:
     @property
     def nominal_scheme(self) -> QuantScheme:
         """The scheme that methods take their defaults from: with a target, the most whole bits that it holds."""
+        if self.dense:  # fits every width; nobody rounds with it
+            return QuantScheme(bits=MAX_BITS)
         if self.target_bpw is None:
             return self.scheme
         return replace(self.scheme, bits=min(max(int(self.target_bpw), MIN_BITS), MAX_BITS))
 
     @classmethod
-    def for_method(cls, model: str, method: str) -> Self:
-        """Return the default recipe of one method, without a preset.
+    def for_method(cls, model: str, *method: str) -> Self:
+        """Return the default recipe of one method, or of a pruner and a method, without a preset.
 
         A method that learns nothing from data gets a few sequences of the embedded text, enough to measure block errors
         and to record logits for `quantkit check`.
@@ -111,26 +118,19 @@ class Recipe:
         Raises:
             UsageError: no such method.
         """
-        learns = _method(method).learns
+        learns = any(_method(name).learns for name in method)
         calibration = Calibration() if learns else Calibration(text="embedded", samples=SAMPLES_TO_CHECK)
-        return cls(model=model, passes={method: {}}, calibration=calibration)
+        return cls(model=model, passes={name: {} for name in method}, calibration=calibration)
 
     def build_passes(self) -> dict[str, Pass]:
         """Return the passes by method name, ready to run.
 
         Raises:
-            UsageError: an unknown method or hyper-parameter, an order that is not the phases' order, or not exactly one
-                pass that rounds.
+            UsageError: an unknown method or hyper-parameter, an order that is not the phases' order, not exactly one
+                pass that rounds (none if weights stay dense), or more than one that prunes.
         """
         built = {name: _build(name, options, self.nominal_scheme) for name, options in self.passes.items()}
-        phases = [step.phase for step in built.values()]
-        if phases != sorted(phases):
-            order = " → ".join(f"{name} ({built[name].phase.name.lower()})" for name in built)
-            raise UsageError(f"the passes are out of order: {order}; folding comes first, then pruning, then rounding")
-        if phases.count(Phase.ROUND) != 1:
-            raise UsageError(
-                _wrong_rounding([name for name, step in built.items() if step.phase is Phase.ROUND], built)
-            )
+        refuse_wrong_passes(built, dense=self.dense)
         return built
 
     def to_toml(self) -> str:
@@ -142,6 +142,7 @@ class Recipe:
             "seed": self.seed,
             "target_bpw": self.target_bpw,
             "ignore": list(self.ignore),
+            "dense": self.dense or None,
             "rotate": self.rotate,
             "formats": list(self.formats),
             "scheme": asdict(self.scheme) | ({} if self.target_bpw is None else {"bits": None}),
@@ -163,15 +164,15 @@ class Recipe:
             if "target_bpw" in table:
                 table["scheme"] = _scheme_of_target(table.get("scheme", {"group_size": DEFAULT_GROUP_SIZE}))
             if "scheme" in table:  # a table without group_size means one scale per row; no table means the default
-                table["scheme"] = _build_dataclass(QuantScheme, table["scheme"])
+                table["scheme"] = build_dataclass(QuantScheme, table["scheme"])
             text = table.pop("calibration", {})
-            table["calibration"] = _build_dataclass(Calibration, text)
+            table["calibration"] = build_dataclass(Calibration, text)
             table |= {name: tuple(table.pop(name, ())) for name in ("ignore", "formats")}
             if model is not None:
                 table["model"] = model
             if "model" not in table:
                 raise UsageError(f"the recipe {path} names no model; give one on the command line")
-            recipe: Self = _build_dataclass(cls, {**table, "passes": steps} if steps else table)
+            recipe: Self = build_dataclass(cls, {**table, "passes": steps} if steps else table)
         except OSError as error:
             raise UsageError(f"cannot read the recipe {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -188,6 +189,7 @@ def from_defaults(
     *,
     method: str | None = None,
     preset: str | None = None,
+    prune: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Return the recipe of one method or of a preset, the default one if there is neither; the rest as `with_changes`.
@@ -195,10 +197,16 @@ def from_defaults(
     Raises:
         UsageError: as `with_changes`.
     """
+    if prune is not None:
+        methods.find("pruners", prune)
+    if changes.get("dense"):
+        base = replace(Recipe.for_method(model, prune or DEFAULT_PRUNER), dense=True)
+        return with_changes(base, changes, prune=prune, options=options)
     if method is None:
         preset = presets.DEFAULT if preset is None else preset
-        return with_changes(Recipe(model=model), changes, preset=preset, options=options)
-    return with_changes(Recipe.for_method(model, method), changes, method=method, preset=preset, options=options)
+        return with_changes(Recipe(model=model), changes, preset=preset, prune=prune, options=options)
+    base = Recipe.for_method(model, *([] if prune is None else [prune]), method)
+    return with_changes(base, changes, method=method, preset=preset, prune=prune, options=options)
 
 
 def with_changes(
@@ -207,6 +215,7 @@ def with_changes(
     *,
     method: str | None = None,
     preset: str | None = None,
+    prune: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Return the recipe with fields replaced.
@@ -216,8 +225,10 @@ def with_changes(
     Args:
         recipe: the recipe to start from.
         changes: fields of Recipe, QuantScheme or Calibration by their own names.
-        method: replace the passes by this method; None keeps them.
-        preset: replace the passes, and the batch unless it is among the changes, by those of this preset.
+        method: replace the passes, but for one that prunes, by this method; None keeps them.
+        preset: replace the passes, but for one that prunes, and the batch unless it is among the changes, by those of
+            this preset.
+        prune: replace the pass that prunes, if there is one, by this method.
         options: hyper-parameters; `lr` is set in the first pass that has one of that name, `distill.lr` in that pass.
 
     Raises:
@@ -226,9 +237,9 @@ def with_changes(
     if method is not None and preset is not None:
         raise UsageError(f"--method {method} and --preset {preset} both say how to quantize; give one")
     own, scheme, calibration = ([f.name for f in fields(kind)] for kind in (Recipe, QuantScheme, Calibration))
-    _refuse_unknown(changes, [*own, *scheme, *calibration], "a recipe")
+    refuse_unknown(changes, [*own, *scheme, *calibration], "a recipe")
     for kind, names in ((Recipe, own), (QuantScheme, scheme), (Calibration, calibration)):
-        _refuse_misfits(kind, {name: value for name, value in changes.items() if name in names}, "the recipe")
+        refuse_misfits(kind, {name: value for name, value in changes.items() if name in names}, "the recipe")
     changes = _settle_bits(changes)
     changed = replace(
         recipe,
@@ -237,12 +248,21 @@ def with_changes(
         **{key: value for key, value in changes.items() if key in own},
     )
     if method is not None:
-        changed = replace(changed, passes={method: {}})
+        changed = replace(changed, passes={**_pruning(changed.passes), method: {}})
     elif preset is not None:
         changed = _with_preset(changed, preset, keep_batch="batch_size" in changes)
+    if prune is not None:
+        methods.find("pruners", prune)
+        others = {name: own for name, own in changed.passes.items() if name not in methods.names("pruners")}
+        changed = replace(changed, passes={prune: changed.passes.get(prune, {}), **others})
     changed = replace(changed, passes=_with_options(changed.passes, options or {}))
     changed.build_passes()
     return changed
+
+
+def _pruning(passes: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the passes that prune, which other passes do not replace."""
+    return {name: own for name, own in passes.items() if name in methods.names("pruners")}
 
 
 def _with_preset(recipe: R, name: str, *, keep_batch: bool) -> R:
@@ -250,7 +270,8 @@ def _with_preset(recipe: R, name: str, *, keep_batch: bool) -> R:
         raise UsageError(f"{name!r} is no preset but a method; use --method {name}")
     preset = presets.find(name, recipe.nominal_scheme)
     batch = recipe.calibration.batch_size if keep_batch else min(preset.batch_size, recipe.calibration.samples)
-    return replace(recipe, passes=preset.passes, calibration=replace(recipe.calibration, batch_size=batch))
+    passes = {**_pruning(recipe.passes), **preset.passes}
+    return replace(recipe, passes=passes, calibration=replace(recipe.calibration, batch_size=batch))
 
 
 def _with_options(
@@ -262,20 +283,20 @@ def _with_options(
     for option, value in options.items():
         wanted, _, own = option.rpartition(".")
         if wanted:
-            _refuse_unknown([wanted], [*passes], "the list of passes")
-            _refuse_unknown([own], known[wanted], f"the method {wanted}")
+            refuse_unknown([wanted], [*passes], "the list of passes")
+            refuse_unknown([own], known[wanted], f"the method {wanted}")
         owner = wanted or next((name for name, names in known.items() if own in names), None)
         if owner is None:
             where = f"the method {' + '.join(passes)}"
             _refuse_what_others_have(own, where)
-            _refuse_unknown([own], [*chain.from_iterable(known.values())], where)
+            refuse_unknown([own], [*chain.from_iterable(known.values())], where)
         changed[owner or ""][own] = value
     return changed
 
 
 def _refuse_what_others_have(option: str, where: str) -> None:
     """Raise UsageError for a hyper-parameter that methods have which the recipe does not use."""
-    of = [name for name in methods.names("quantizers") if option in [f.name for f in fields(_method(name))]]
+    of = [name for name in methods.passes() if option in [f.name for f in fields(_method(name))]]
     if of:
         raise UsageError(f"{where} has no {option!r}, which is one of {' and '.join(of)}; leave it out, or use those")
 
@@ -326,67 +347,19 @@ def _read_passes(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return steps
 
 
-def _wrong_rounding(rounding: Sequence[str], passes: Iterable[str]) -> str:
-    """Say that not exactly one of `passes` is `rounding`, and what to do."""
-    if rounding:
-        return f"exactly one pass must round, not {len(rounding)} ({', '.join(rounding)}); leave out all but one"
-    return (
-        f"nothing rounds: {', '.join(passes)} only improves what another method rounded; "
-        "use --preset balanced, or name both as passes of a --recipe"
-    )
-
-
 def _method(name: str) -> Any:  # noqa: ANN401  the class of a pass
     """Return a method by its name; who took the name of a preset for one is told so."""
     if name in presets.NAMES:
         raise UsageError(f"{name!r} is no method but a preset; use --preset {name}")
-    return methods.find("quantizers", name)
+    return methods.find(methods.family_of(name), name)
 
 
 def _build(name: str, options: Mapping[str, Any], scheme: QuantScheme) -> Pass:
     method = _method(name)
-    _refuse_misfits(method, options, f"the method {name}")
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    refuse_misfits(method, options, f"the method {name}")
     step: Pass = replace(method.for_scheme(scheme), **options)
     return step
-
-
-def _build_dataclass(kind: type, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    _refuse_misfits(kind, values, f"the table of {kind.__name__.lower()}")
-    return kind(**values)
-
-
-def _refuse_misfits(kind: type, values: Mapping[str, Any], where: str) -> None:
-    """Raise UsageError for a value that the dataclass `kind` has no field for, or whose type is not the field's."""
-    _refuse_unknown(values, [f.name for f in fields(kind)], where)
-    hints = get_type_hints(kind)
-    for name, value in values.items():
-        if not _fits(value, hints[name]):
-            raise UsageError(f"{name} in {where} must be {_describe(hints[name])}, not {value!r}")
-
-
-def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401  a type, or a form of the typing module
-    if isinstance(hint, UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if hint in (int, float) and isinstance(value, bool):
-        return False  # Python counts True as an int; a recipe does not
-    return isinstance(value, (int, float) if hint is float else get_origin(hint) or hint)
-
-
-def _describe(hint: Any) -> str:  # noqa: ANN401
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "left out"}
-    return " or ".join(words.get(part, str(part)) for part in parts)
-
-
-def _refuse_unknown(given: Iterable[str], known: Sequence[str], where: str) -> None:
-    for name in given:
-        if name not in known:
-            hint = nearest(name, known) if known else ""
-            raise UsageError(f"{where} has no {name!r}{hint}")
 
 
 def _without_none(value: Any) -> Any:  # noqa: ANN401  TOML has no null: what is left out is the default

@@ -99,5 +99,6 @@ def test_two_runs_differ_in_their_report_by_timings_alone(report, tmp_path):
     for document in (said, other):
         assert document["predicted"].pop("seconds") > 0
         assert document["predicted"].pop("memory_bytes") > 0
+        assert document["predicted"].pop("memory_limit") > 0
         assert document.pop("measured")["output_bytes"] == document["predicted"]["output_bytes"]
     assert said == other

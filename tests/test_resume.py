@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 import quantkit
 from quantkit.calibrate.journal import Journal
 from quantkit.cli import app
+from quantkit.core.scheme import QuantScheme
 from quantkit.errors import ModelError, OutputError, QuantkitWarning, UsageError
 from quantkit.keeping import Keeper, Stopped
 from quantkit.model import writer
 from quantkit.model.workspace import Workspace, place_of
 from quantkit.pipeline import Silent, execute, prepare
-from quantkit.recipe import Recipe
+from quantkit.recipe import Calibration, Recipe
 from quantkit.resources import data_dir
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts" / "bench"))
@@ -30,10 +31,13 @@ FEW = {"wbits": 4, "group_size": 32, "calibration": "embedded", "samples": 4, "s
 RTN = {"method": "rtn", **FEW}
 SLIDING = {"method": "omniquant", "options": {"updates": 3, "window": 2, "rounding": True}, **FEW}
 
+SLIDING_PASSES = {"omniquant": SLIDING["options"]}
+CALIBRATION = Calibration(text="embedded", samples=4, seqlen=32)
+
 
 def start(output, *, after=None, restart=False, overwrite=False, **options):
     """Do a run of the embedded model, stopped behind block `after` if one is given."""
-    recipe = options if isinstance(options, Recipe) else quantkit.api.make_recipe("tiny", **(options or RTN))
+    recipe = options if isinstance(options, Recipe) else quantkit.make_recipe("tiny", **(options or RTN))
     prepared, blocks = prepare(recipe, "cpu"), []
 
     class Count(Silent):
@@ -85,6 +89,35 @@ def test_the_end_is_that_of_an_uninterrupted_run(stopped, whole):
     assert [path.name for path in stopped.parent.iterdir()] == ["out"]
 
 
+PRUNED = {
+    "dense": Recipe(model="tiny", passes={"wanda": {"allocation": "loss"}}, dense=True, calibration=CALIBRATION),
+    "sliding": Recipe(
+        model="tiny",
+        scheme=QuantScheme(bits=3, group_size=32),
+        passes={"sparsegpt": {"sparsity": "2:4"}, **SLIDING_PASSES},
+        calibration=CALIBRATION,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_a_run_that_prunes_goes_on_too(name, tmp_path):
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    before = execute(prepare(PRUNED[name], "cpu"), whole)
+    blocks = []
+
+    class Count(Silent):
+        def block(self, report):
+            blocks.append(report.index)
+
+    with pytest.raises(Stopped):
+        execute(prepare(PRUNED[name], "cpu"), output, progress=Count(), stop=lambda: blocks[-1] == 2)
+    report = execute(prepare(PRUNED[name], "cpu"), output)
+    assert report["attempts"] == {"count": 2, "identical": True}
+    assert kills.content(output) == kills.content(whole)
+    assert report["sparsity"] == before["sparsity"]
+
+
 def test_what_is_finished_is_not_finished_again(stopped):
     diary = []
 
@@ -95,7 +128,7 @@ def test_what_is_finished_is_not_finished_again(stopped):
         def block(self, report):
             diary.append(report.index)
 
-    execute(prepare(quantkit.api.make_recipe("tiny", **RTN), "cpu"), stopped, progress=Diary())
+    execute(prepare(quantkit.make_recipe("tiny", **RTN), "cpu"), stopped, progress=Diary())
     assert [entry for entry in diary if isinstance(entry, int)] == [3, 4]
     assert diary[diary.index("calibrating") :] == ["calibrating", "catching up", "calibrating", 3, 4, "writing"]
 
@@ -227,7 +260,7 @@ def test_a_damaged_window_is_refused(output):
 
 def test_other_weights_are_refused(tmp_path):
     shutil.copytree(data_dir("model_zoo") / "tiny", tmp_path / "model")
-    recipe = quantkit.api.make_recipe(tmp_path / "model", **RTN | {"text": "embedded"})
+    recipe = quantkit.make_recipe(tmp_path / "model", **RTN | {"text": "embedded"})
     prepared = prepare(recipe, "cpu")
     asked = iter([True])
     with pytest.raises(Stopped):

@@ -12,12 +12,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quantkit.calibrate.gradients import Samples
 from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.passes import Pass, Window
 from quantkit.calibrate.record import finish, make_head, record
 from quantkit.calibrate.streams import Streams
 from quantkit.calibrate.team import Team, unite
 from quantkit.calibrate.walk import BlockReport, Listener, Walk
+from quantkit.core.masks import Sparsity
 from quantkit.core.scheme import QuantScheme
 from quantkit.model.activations import Activations
 from quantkit.model.block import Block, Site
@@ -72,6 +74,8 @@ class Engine:
         scale_dtype: dtype in which scales are stored.
         device: where blocks are computed.
         seed: seed of everything random.
+        sparsity: module name → how much of it a pruning pass drops, of every linear that is pruned.
+        samples: module name → what gradients of the whole model's loss in it are made of, where a pass asked for them.
         rotation: rotates the residual stream of the model, of both streams alike; None: no rotation.
         streams: where the hidden states between blocks are kept.
         team: the processes that share the run; each holds the streams of its own rows of every batch.
@@ -84,6 +88,8 @@ class Engine:
     scale_dtype: torch.dtype
     device: torch.device
     seed: int = 0
+    sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
+    samples: Mapping[str, Samples] = field(default_factory=dict)
     rotation: Rotation | None = None
     streams: Streams = field(default_factory=Streams)
     team: Team = field(default_factory=Team)
@@ -222,6 +228,8 @@ class Engine:
                         group=family.group_of(local_name) if family else local_name,
                         scheme=self.schemes[name],
                         scale_dtype=self.scale_dtype,
+                        sparsity=self.sparsity.get(name),
+                        samples=self.samples.get(name),
                     )
                 )
         prefix = self.skeleton.module_name(index, "")

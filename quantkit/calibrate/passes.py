@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantkit.calibrate.streams import Streams
 from quantkit.calibrate.team import Team
+from quantkit.errors import UsageError
 from quantkit.model.block import Arguments, Block, Site
 
 
@@ -170,3 +171,37 @@ class Pass(Protocol):
     def apply(self, window: Window) -> None:
         """Do the step; afterwards the sites hold what it decided."""
         ...
+
+
+def refuse_wrong_passes(passes: Mapping[str, Pass], *, dense: bool) -> None:
+    """Refuse passes, by their methods' names in order, that do not make a recipe.
+
+    Raises:
+        UsageError: an order that is not the phases' order, or not exactly one pass that rounds and at most one that
+            prunes; for weights that stay `dense`, anything but one that prunes.
+    """
+    phases = [step.phase for step in passes.values()]
+    if phases != sorted(phases):
+        order = " → ".join(f"{name} ({step.phase.name.lower()})" for name, step in passes.items())
+        raise UsageError(f"the passes are out of order: {order}; folding comes first, then pruning, then rounding")
+    rounding, pruning = ([n for n, step in passes.items() if step.phase is p] for p in (Phase.ROUND, Phase.PRUNE))
+    if dense:
+        if len(pruning) != 1 or len(passes) != 1:
+            raise UsageError(f"exactly one pass must prune, and none round, not {', '.join(passes) or 'none'}")
+        return
+    if len(pruning) > 1:
+        raise UsageError(f"one pass prunes, not {len(pruning)} ({', '.join(pruning)}); leave out all but one")
+    if len(rounding) > 1:
+        raise UsageError(
+            f"exactly one pass must round, not {len(rounding)} ({', '.join(rounding)}); leave out all but one"
+        )
+    if not rounding and pruning == [*passes]:
+        raise UsageError(f"nothing rounds: {pruning[0]} prunes; use quantkit prune, or --prune {pruning[0]}")
+    if not rounding:
+        raise UsageError(
+            f"nothing rounds: {', '.join(passes)} only improves what another method rounded; "
+            "use --preset balanced, or name both as passes of a --recipe"
+        )
+    joint = [name for name in pruning if getattr(passes[name], "joint", False)]
+    if joint and rounding != ["rtn"]:
+        raise UsageError(f"{joint[0]} with joint rounds by itself; use --method rtn, not {rounding[0]}")

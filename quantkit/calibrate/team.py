@@ -274,6 +274,8 @@ def unite(team: Team, blocks: Sequence[Block], *, sliding: bool) -> None:
     for block in blocks:
         team.broadcast(*(p for n, p in block.module.named_parameters() if sliding or n in block.changed))
         for site in block.sites:
+            if site.mask is not None:
+                team.broadcast(site.mask)
             if site.quantized is not None:
                 team.broadcast(*site.quantized.tensors().values())
             if sliding and site.learned is not None:

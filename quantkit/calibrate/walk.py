@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantkit.calibrate.passes import Pass, Window
+from quantkit.calibrate.passes import Pass, Phase, Window
 from quantkit.calibrate.streams import Stream
 from quantkit.calibrate.team import Team, unite
 from quantkit.core.affine import round_to_nearest
@@ -24,7 +24,8 @@ class BlockReport:
 
     Attributes:
         index: which block.
-        error_rtn: relative squared error of the block's output with plain round-to-nearest weights.
+        error_rtn: relative squared error of the block's output with plain round-to-nearest weights, of pruned ones
+            where a pass prunes; where no pass rounds the same as `error`.
         error: the same with the weights that were kept.
         notes: what the passes noted.
     """
@@ -88,6 +89,7 @@ class Walk:
         self.device, self.seed, self.listener = device, seed, listener
         self.team = team
         self.total = len(arguments[0])
+        self.rounds = any(step.phase is Phase.ROUND for step in passes)
         self.span = min(self.total, max(step.blocks_at_once for step in passes))
         self.blocks: list[Block] = []
         self.references: list[Stream] = []
@@ -100,11 +102,13 @@ class Walk:
         while len(self.blocks) < min(self.span, self.total - index):
             self._take_in(index + len(self.blocks))
             fresh += 1
+        pruned = self._prune(index, fresh) if fresh else {}
         block, alone = self.blocks[0], self._window(index, count=1)
-        error_rtn = alone.error(rounded_to_nearest(block.sites))
+        error_rtn = alone.error(rounded_to_nearest(block.sites)) if self.rounds else 0.0
         if fresh:
-            self.notes = self._optimise(index, fresh, error_rtn)
-        _use_quantized(block)
+            self.notes = {**pruned, **self._optimise(index, fresh, error_rtn)}
+        for site in block.sites:
+            finish_site(site, block, rounded=self.rounds)
 
         def keep(batch: int, output: Tensor) -> None:
             self.actual[batch] = output
@@ -112,7 +116,17 @@ class Walk:
         error = alone.error(keep=keep)
         self._advance_plain(alone)
         del self.blocks[0], self.references[0]
-        return block, BlockReport(index=index, error_rtn=error_rtn, error=error, notes=self.notes)
+        bar = error_rtn if self.rounds else error
+        return block, BlockReport(index=index, error_rtn=bar, error=error, notes=self.notes)
+
+    def _prune(self, index: int, fresh: int) -> dict[str, object]:
+        """Apply the passes that prune to the window, before anything is measured of rounding; return their notes."""
+        window = self._window(index, count=len(self.blocks), fresh=fresh)
+        for step in self.passes:
+            if step.phase <= Phase.PRUNE:
+                step.apply(window)
+        unite(self.team, window.blocks, sliding=True)
+        return window.notes
 
     @torch.no_grad()
     def replay(self, index: int, restore: Callable[[Block], BlockReport]) -> tuple[Block, BlockReport]:
@@ -123,7 +137,8 @@ class Walk:
         self._take_in(index)
         (block,) = self.blocks
         report = restore(block)
-        _use_quantized(block)
+        for site in block.sites:
+            finish_site(site, block, rounded=self.rounds)
         alone = self._window(index, count=1)
         for batch in range(len(self.actual)):
             self.actual[batch] = alone.forward(batch, student=True)
@@ -152,9 +167,11 @@ class Walk:
     def _optimise(self, index: int, fresh: int, error_rtn: float) -> Mapping[str, object]:
         """Apply the passes to the window; `error_rtn` is that of its first block."""
         window = self._window(index, count=len(self.blocks), fresh=fresh)
-        window.error_rtn = error_rtn if self.span == 1 else window.error(rounded_to_nearest(window.sites))
+        if self.rounds:
+            window.error_rtn = error_rtn if self.span == 1 else window.error(rounded_to_nearest(window.sites))
         for step in self.passes:
-            step.apply(window)
+            if step.phase > Phase.PRUNE:
+                step.apply(window)
         unite(self.team, window.blocks, sliding=self.span > 1)
         return window.notes
 
@@ -200,11 +217,17 @@ class Walk:
         )
 
 
-def _use_quantized(block: Block) -> None:
-    """Put what the sites' codes stand for in the place of their weights."""
-    for site in block.sites:
+@torch.no_grad()
+def finish_site(site: Site, block: Block, *, rounded: bool) -> None:
+    """Give a site's linear the weight that will be stored: of its codes, or the pruned one in the stored dtype."""
+    if rounded:
         assert site.quantized is not None, f"no pass rounded {site.name}"
         site.weight.data = site.quantized.dequantize().to(site.weight.dtype)
+    elif site.mask is not None:
+        name = f"{site.local_name}.weight"
+        site.weight.data = site.weight.data.to(block.dtypes[name]).to(site.weight.dtype)
+        block.changed.add(name)
+    assert site.mask is None or not site.weight.data[~site.mask].any(), f"{site.name} has weights that were pruned"
 
 
 def rounded_to_nearest(sites: Sequence[Site]) -> dict[str, Tensor]:

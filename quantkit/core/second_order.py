@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from quantkit.core.affine import group_bounds, stored_grid, to_int8
@@ -31,11 +31,14 @@ class Curvature:
     Attributes:
         order: the columns in the order in which they are rounded; None: from the first to the last.
         feedback: U above, float32: row i tells what the error of the i-th column to be rounded adds to those after it.
+        pivots: the diagonal of D above, float32, in the same order: what an error of a column costs if all after it
+            make up for it; 0 for an input that was always zero.
         damp: what was added to the diagonal of H, as a share of its mean.
     """
 
     order: Int64[Tensor, " in"] | None
     feedback: Float[Tensor, "in in"]
+    pivots: Float[Tensor, " in"]
     damp: float
 
     @classmethod
@@ -55,15 +58,18 @@ class Curvature:
         mean = float(diagonal.mean()) or 1.0
         order = diagonal.argsort(descending=True, stable=True) if act_order else None
         matrix = (hessian if order is None else hessian[order][:, order]).to(torch.float64, copy=True)
-        matrix.diagonal()[matrix.diagonal() == 0] = mean
+        dead = matrix.diagonal() == 0
+        matrix.diagonal()[dead] = mean
         # seen from its other end a lower factor is an upper one, so Cholesky's of the reversed matrix is what is wanted
         matrix = matrix.flip(0, 1)
         factor, damp = _lower_factor(matrix, mean, damp)
         del matrix  # the largest tensors of a run, for wide linears
         upper = factor.flip(0, 1)
         del factor
-        upper /= upper.diagonal().clone()
-        return cls(order=order, feedback=upper.triu_(diagonal=1).float(), damp=damp)
+        roots = upper.diagonal().clone()
+        upper /= roots
+        pivots = roots.square().masked_fill(dead, 0).float()
+        return cls(order=order, feedback=upper.triu_(diagonal=1).float(), pivots=pivots, damp=damp)
 
 
 def _lower_factor(matrix: Tensor, mean: float, damp: float) -> tuple[Tensor, float]:
@@ -90,6 +96,7 @@ def gptq(  # noqa: PLR0913  the problem, the grid, and how columns are taken
     bounds: Bounds | None = None,
     find: Callable[[Tensor, QuantScheme], Bounds] = group_bounds,
     transposed: bool = False,
+    mask: Bool[Tensor, "rows columns"] | None = None,
     block: int = 128,
 ) -> tuple[QuantizedTensor, Float[Tensor, "rows columns"]]:
     """Return the quantized weight, and the weight that each column had when it was rounded.
@@ -106,14 +113,17 @@ def gptq(  # noqa: PLR0913  the problem, the grid, and how columns are taken
         bounds: low and high of each group, each (rows, groups), for a grid that is known; None: `find` finds them.
         find: what bounds a weight, or one group of its columns, should have.
         transposed: the weight is (in, out); its groups run along the last axis all the same.
+        mask: where it is False a weight becomes exactly zero, whatever the others moved it to; None: nowhere.
         block: columns between two updates of all columns that are still to come.
     """
     columns = weight if transposed else weight.T
+    kept = mask if mask is None or transposed else mask.T
     order = torch.arange(len(columns), device=weight.device) if curvature.order is None else curvature.order
     original = columns[order]
+    gone = torch.zeros_like(original, dtype=torch.bool) if kept is None else ~kept[order]
     moved, codes, grids = original.clone(), torch.empty_like(original), []
     if bounds is None and curvature.order is None and not transposed:
-        spans = _on_arrival(original, moved, curvature.feedback, scheme, find)
+        spans = _on_arrival(original, moved, gone, curvature.feedback, scheme, find)
     else:
         spans = iter([(slice(0, len(moved)), bounds or find(weight, scheme))])
     for span, (low, high) in spans:
@@ -128,7 +138,7 @@ def gptq(  # noqa: PLR0913  the problem, the grid, and how columns are taken
         for here, rows in zip(_parts(span, block), row.split(block), strict=True):
             feedback = curvature.feedback[here, here].T.contiguous()
             grid = _Grid(step=step[rows], zero=zero[rows], scheme=scheme, dtype=scale_dtype)
-            errors = _round_columns(original[here], moved[here], codes[here], feedback, grid)
+            errors = _round_columns(original[here], moved[here], codes[here], gone[here], feedback, grid)
             moved[here.stop :].addmm_(curvature.feedback[here, here.stop :].T, errors)
     back = order.argsort()
     codes, moved = (found[back] if transposed else found[back].T.contiguous() for found in (codes, moved))
@@ -150,22 +160,36 @@ class _Grid:
 def _on_arrival(
     original: Float[Tensor, "in out"],
     moved: Float[Tensor, "in out"],
+    gone: Bool[Tensor, "in out"],
     feedback: Float[Tensor, "in in"],
     scheme: QuantScheme,
     find: Callable[[Tensor, QuantScheme], Bounds],
 ) -> Iterator[tuple[slice, Bounds]]:
     """Yield the columns of each group and their bounds, found at the moment the group is asked for.
 
-    Until a column's turn comes `moved` lacks what the columns just before it will add. The paper's weights at this
-    moment, which are best if no other column is ever rounded, are W_G + (moved_G - W_G) (I + U_GG)^-1 in a group G:
-    they are W_G + E H_EG (H_GG)^-1 with the errors E so far, for all G that are left, in terms of the factor.
+    Weights that a mask took are zero then, and take no part in the bounds.
     """
     size, channel = scheme.group_size or len(moved), replace(scheme, group_size=None)
     for start in range(0, len(moved), size):
         span = slice(start, start + size)
-        change = moved[span] - original[span]
-        change = torch.linalg.solve_triangular(feedback[span, span].T, change, upper=False, unitriangular=True)
-        yield span, find((original[span] + change).T.contiguous(), channel)
+        now = current(original[span], moved[span], feedback[span, span]).masked_fill_(gone[span], 0)
+        yield span, find(now.T.contiguous(), channel)
+
+
+def current(
+    original: Float[Tensor, "columns out"],
+    moved: Float[Tensor, "columns out"],
+    feedback: Float[Tensor, "columns columns"],
+) -> Float[Tensor, "columns out"]:
+    """Return the weights of the next columns G as the paper has them before the first of them is settled.
+
+    Until a column's turn comes `moved` lacks what the columns just before it will add. The paper's weights at this
+    moment, which are best if no other column is ever rounded, are W_G + (moved_G - W_G) (I + U_GG)^-1: they are
+    W_G + E H_EG (H_GG)^-1 with the errors E so far, for all G that are left, in terms of the factor.
+    """
+    change: Tensor = moved - original
+    now: Tensor = original + torch.linalg.solve_triangular(feedback.T, change, upper=False, unitriangular=True)
+    return now
 
 
 def _parts(span: slice, size: int) -> list[slice]:
@@ -176,6 +200,7 @@ def _round_columns(
     original: Float[Tensor, "columns out"],
     moved: Float[Tensor, "columns out"],
     codes: Float[Tensor, "columns out"],
+    gone: Bool[Tensor, "columns out"],
     feedback: Float[Tensor, "columns columns"],
     grid: _Grid,
 ) -> Float[Tensor, "columns out"]:
@@ -186,6 +211,7 @@ def _round_columns(
     errors, scheme = torch.empty_like(original), grid.scheme
     for i, (step, zero) in enumerate(zip(grid.step, grid.zero, strict=True)):
         moved[i] += feedback[i, :i] @ errors[:i]
+        moved[i].masked_fill_(gone[i], 0)
         code = (moved[i] / step).round_().add_(zero).clamp_(scheme.smallest_code, scheme.largest_code)
         codes[i] = code
         # what is stored: a product rounded to the scale's dtype

@@ -14,7 +14,7 @@ from quantkit.calibrate.text import Corpus, read_text
 from quantkit.errors import ModelError, UsageError
 from quantkit.evaluation.coverage import Coverage, coverage, report_faults, size_faults
 from quantkit.evaluation.divergence import divergence
-from quantkit.evaluation.documents import Documents, Report, Sample, read_documents
+from quantkit.evaluation.documents import Documents, Report, Sample, at_most, read_documents
 from quantkit.evaluation.loading import Model, Tokenizer, context_length, load_model, quantize_activations, quiet
 from quantkit.evaluation.manifest import REPORT
 from quantkit.evaluation.shards import Shards, read_shards, shard_faults, value_faults
@@ -107,6 +107,8 @@ def check(  # noqa: PLR0913
     documents = _check_files(output, found, say)
     say("reloading with transformers")
     model, tokenizer = _reload(output, device, found)
+    if model is not None and documents.report is not None and documents.report.zeros:
+        _check_zeros(model, documents.report.zeros, found)
     if model is not None and documents.sample is not None:
         _check_logits(model, documents.sample, _tolerance(model, documents), found)
     if model is not None and tokenizer is not None and against:
@@ -117,6 +119,19 @@ def check(  # noqa: PLR0913
         rows = _windows(corpora, tokenizer, model, seqlen, windows)
         _compare(model, load_model(against, device=device)[0], rows, found, say)
     return CheckResult(faults=tuple(dict.fromkeys(found.faults)), facts=_finite(found.facts))
+
+
+def _check_zeros(model: Model, zeros: Mapping[str, int], found: _Findings) -> None:
+    """Compare the zeros of the reloaded weights with those that were pruned; rounding may have made more."""
+    faults, there = [], 0
+    for name, expected in zeros.items():
+        weight = model.get_submodule(name).weight
+        counted = int((weight == 0).sum()) if isinstance(weight, Tensor) else 0
+        there += counted
+        if counted < expected:
+            faults.append(f"{name} has {counted} weights that are zero, but {expected} were pruned")
+    found.faults += at_most(faults)
+    found.facts["zeros"] = there
 
 
 def _read_for(against: str | None, text: str | None) -> list[Corpus]:

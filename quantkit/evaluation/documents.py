@@ -1,7 +1,7 @@
 """The documents of an output, read with suspicion: what is missing or malformed becomes a fault."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import UsageError
-from quantkit.evaluation.manifest import CHECK, RECIPE, REPORT, recorded_logits
+from quantkit.evaluation.manifest import CHECK, DENSE, RECIPE, REPORT, recorded_logits
 from quantkit.exporters.compressed_tensors import schemes_of
 from quantkit.model.checkpoint import INDEX
 from quantkit.untrusted import parse_json, parse_toml, read_document
@@ -25,7 +25,8 @@ _MALFORMED = (ValueError, KeyError, IndexError, TypeError, AttributeError, Usage
 class Report:
     """What report.json promises about the weights, and the facts that `check` repeats.
 
-    `schemes` gives the scheme of each linear where they were allocated one by one, and is empty otherwise.
+    `schemes` gives the scheme of each linear where they were allocated one by one, and is empty otherwise; `zeros` how
+    many weights of each linear were pruned. With `dense` nothing is quantized.
     """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -40,6 +41,12 @@ class Report:
     method: str
     device: str
     source: str
+    zeros: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the run did not quantize."""
+        return self.scheme == DENSE
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -55,11 +62,12 @@ class Report:
             parameters=int(table["parameters"]),
             quantized_parameters=int(table["quantized_parameters"]),
             sites=tuple(map(str, table["sites"])),
-            scheme=str(table["scheme"] if schemes else QuantScheme.parse(table["scheme"])),
+            scheme=str(table["scheme"] if schemes or table["scheme"] == DENSE else QuantScheme.parse(table["scheme"])),
             schemes=schemes,
             method=str(table["method"]),
             device=str(table["device"]),
             source=str(table["source"]["model"]),
+            zeros={str(n): int(each["zeros"]) for n, each in table.get("sparsity", {}).get("linears", {}).items()},
         )
 
 
@@ -124,10 +132,13 @@ class Documents:
 def read_documents(output: Path) -> tuple[Documents, list[str]]:
     """Return the documents of `output`, and a fault for each that is missing, malformed or contradictory."""
     faults: list[str] = []
+    report = _read(output / REPORT, Report.parse, faults)
     documents = Documents(
-        report=_read(output / REPORT, Report.parse, faults),
+        report=report,
         sample=_read(output / CHECK, Sample.parse, faults),
-        quantization=_read(output / "config.json", Quantization.parse, faults),
+        quantization=_read(
+            output / "config.json", _no_quantization if report and report.dense else Quantization.parse, faults
+        ),
         recipe_scheme=_read(output / RECIPE, _recipe_scheme, faults),
         index=_read(output / INDEX, _weight_map, faults),
     )
@@ -176,7 +187,13 @@ def _recipe_scheme(text: str) -> str | None:
     table: dict[str, Any] = parse_toml(text)
     if not isinstance(table["model"], str):
         raise ValueError("`model` is not a string")
-    return None if "target_bpw" in table else str(QuantScheme(**table.get("scheme", {})))
+    return None if "target_bpw" in table or table.get("dense") else str(QuantScheme(**table.get("scheme", {})))
+
+
+def _no_quantization(text: str) -> None:
+    """Refuse a config.json that says how weights are packed, of a run that packed none."""
+    if "quantization_config" in parse_json(text):
+        raise ValueError(f"it has a quantization_config, but {REPORT} says that the weights are {DENSE}")
 
 
 def _weight_map(text: str) -> dict[str, str]:

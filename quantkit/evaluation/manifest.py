@@ -13,6 +13,7 @@ from torch import Tensor
 
 RECIPE, REPORT, CHECK = "recipe.toml", "report.json", "check.json"
 TOP_LOGITS = 64
+DENSE = "dense"  # the scheme of a run that quantizes nothing
 
 
 def tensor_manifest(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, list[Any]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from quantkit.core.masks import Sparsity
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import QuantScheme
 from quantkit.model.activations import Activations
@@ -37,6 +38,10 @@ class Site:
         group: name of the group of linears that share this one's input.
         scheme: what the weight becomes.
         scale_dtype: dtype in which scales are stored.
+        sparsity: how much of the weight a pruning pass drops; None: nothing.
+        mask: what a pruning pass decided, bool of the weight's shape, True where a weight stays; the others are exactly
+            zero from then on. None: no pass pruned.
+        samples: what gradients of the whole model's loss are made of, where a pass asked for them.
         quantized: the result, None until a rounding pass ran.
         learned: what a pass keeps for the next window that holds the site, tensors by name; None at first.
     """
@@ -47,6 +52,9 @@ class Site:
     group: str
     scheme: QuantScheme
     scale_dtype: torch.dtype
+    sparsity: Sparsity | None = None
+    mask: Tensor | None = None
+    samples: Any = None
     quantized: QuantizedTensor | None = None
     learned: Mapping[str, Tensor] | None = None
 
@@ -103,6 +111,8 @@ class Block:
                 value = getattr(site.quantized, part)
                 if value is not None:
                     tensors[f"{part}/{site.local_name}"] = value
+            if site.mask is not None:
+                tensors[f"mask/{site.local_name}"] = site.mask
             tensors |= {f"learned/{site.local_name}/{key}": value for key, value in (site.learned or {}).items()}
         return tensors
 
@@ -117,6 +127,8 @@ class Block:
                 if f"{part}/{site.local_name}" in tensors:
                     parts[part] = tensors[f"{part}/{site.local_name}"].to(device)
             site.quantized = None if parts["codes"] is None else QuantizedTensor(**parts, scheme=site.scheme)
+            mask = tensors.get(f"mask/{site.local_name}")
+            site.mask = None if mask is None else mask.to(device)
             learned = {key.removeprefix(prefix): v.to(device) for key, v in tensors.items() if key.startswith(prefix)}
             site.learned = learned or None
 

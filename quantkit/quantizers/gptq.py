@@ -133,6 +133,7 @@ class GPTQ:
                 bounds=grids.get(site.parameter),
                 find=partial(searched_bounds, scale_dtype=site.scale_dtype) if self.search else group_bounds,
                 transposed=site.transposed,
+                mask=site.mask,
             )
             return {**rounded.tensors(), "moved": moved}
 

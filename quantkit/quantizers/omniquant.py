@@ -226,7 +226,7 @@ class OmniQuant:
     def _quantizer(self, site: Site) -> WeightQuantizer:
         offset, learned = self.rounding or self.weights, site.learned or {}
         weight = learned.get("weight", site.weight.detach())
-        quantizer = WeightQuantizer(weight, site.scheme, site.scale_dtype, clip=self.lwc, offset=offset)
+        quantizer = WeightQuantizer(weight, site.scheme, site.scale_dtype, clip=self.lwc, offset=offset, mask=site.mask)
         if learned:
             quantizer.go_on({name: value for name, value in learned.items() if name != "weight"})
         return quantizer

@@ -31,9 +31,9 @@ class RoundToNearest:
         return 0
 
     def apply(self, window: Window) -> None:
-        """Round every site of the window."""
+        """Round every site of the window that a pruning pass did not round already."""
         for site in window.sites:
-            site.quantized = round_to_nearest(site.weight, site.scheme, site.scale_dtype)
+            site.quantized = site.quantized or round_to_nearest(site.weight, site.scheme, site.scale_dtype)
 
 
 METHOD = RoundToNearest

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from quantkit.calibrate.statistics import Range
@@ -32,6 +32,7 @@ class WeightQuantizer(nn.Module):
     Attributes:
         weight: w, where nothing else is given in a call; it may be replaced by what another method made of it.
         clip: whether the clipping is used; otherwise bounds are the smallest and largest weight.
+        mask: where it is False the weight is zero and stays so, whatever is learned; None: nowhere.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class WeightQuantizer(nn.Module):
         *,
         clip: bool = True,
         offset: bool = False,
+        mask: Bool[Tensor, "out in"] | None = None,
     ) -> None:
         super().__init__()
         self.weight, self.scheme, self.scale_dtype, self.clip = weight, scheme, scale_dtype, clip
@@ -49,6 +51,7 @@ class WeightQuantizer(nn.Module):
         self.gamma = nn.Parameter(torch.full_like(self.high, INITIAL_LOGIT))
         self.beta = nn.Parameter(torch.full_like(self.low, INITIAL_LOGIT))
         self.offset = nn.Parameter(torch.zeros_like(weight)) if offset else None
+        self.mask = mask
 
     def kept(self) -> dict[str, Tensor]:
         """Return all that decides the result but the weight: logits, the bounds that they scale, and the offset."""
@@ -91,7 +94,7 @@ class WeightQuantizer(nn.Module):
             self.weight if weight is None else weight,
             *self.bounds(weight),
             self.scheme,
-            offset=self.offset,
+            offset=self._kept_offset(),
             scale_dtype=self.scale_dtype,
         )
 
@@ -103,7 +106,11 @@ class WeightQuantizer(nn.Module):
     @torch.no_grad()
     def quantize(self) -> QuantizedTensor:
         """Return the weight quantized with what was learned."""
-        return quantize(self.weight, *self.bounds(), self.scheme, self.scale_dtype, self.offset)
+        return quantize(self.weight, *self.bounds(), self.scheme, self.scale_dtype, self._kept_offset())
+
+    def _kept_offset(self) -> Tensor | None:
+        """Return the offset of the weights that the mask keeps, zero elsewhere."""
+        return self.offset if self.offset is None or self.mask is None else self.offset * self.mask
 
 
 class BlockTransform(nn.Module):

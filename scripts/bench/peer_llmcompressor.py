@@ -1,4 +1,4 @@
-"""llm-compressor for `peers.py`, in llm-compressor's environment: --algorithm rtn | gptq | awq.
+"""llm-compressor for `peers.py` and `pruning.py`, in its environment: --algorithm rtn, gptq, awq, wanda or sparsegpt.
 
 GPTQ runs with its defaults, which are act-order `static` and damping 0.01. AWQ pins its cached activations in memory
 to copy them to a GPU, which raises on a machine without one; that call, and nothing else, is left out.
@@ -14,24 +14,38 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from peer_common import Task, decoder_linears, run
 from torch import Tensor, nn
 
+PRUNING = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
+
 
 def quantize(task: Task, model: nn.Module) -> Mapping[str, Tensor]:
     """Run one recipe over the decoder's linears; AWQ changes the decoder's norms too."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--algorithm", choices=["rtn", "gptq", "awq"], required=True)
-    algorithm = parser.parse_args(task.extra).algorithm
+    parser.add_argument("--algorithm", choices=["rtn", "gptq", "awq", *PRUNING], required=True)
+    parser.add_argument("--sparsity", default="0.5")
+    args = parser.parse_args(task.extra)
+    algorithm = args.algorithm
     calibration = {} if algorithm == "rtn" else _calibration(task.tokens)
+    if algorithm in PRUNING:
+        oneshot(model=model, recipe=[_pruning(algorithm, args.sparsity)], **calibration)
+        return {f"{name}.weight": linear.weight for name, linear in decoder_linears(model).items()}
     oneshot(model=model, recipe=_recipe(algorithm, task), **calibration)
     changed = {f"{name}.weight": _dense(linear) for name, linear in decoder_linears(model).items()}
     if algorithm == "awq":
         changed |= {name: value for name, value in model.named_parameters() if ".layers." in name and "norm" in name}
     return changed
+
+
+def _pruning(algorithm: str, sparsity: str) -> Modifier:
+    """Return a pruner with its defaults; N:M is N of every M."""
+    structure = {"sparsity": 0.5, "mask_structure": sparsity} if ":" in sparsity else {"sparsity": float(sparsity)}
+    return PRUNING[algorithm](targets=["Linear"], ignore=["re:.*lm_head"], **structure)
 
 
 def _recipe(algorithm: str, task: Task) -> list[Modifier]:

@@ -152,7 +152,7 @@ def test_spilling_changes_no_result(name, tmp_path):
 class OnHost(torch.Tensor):
     """A tensor of a stream that lets nobody compute with it before it was brought to the blocks' device."""
 
-    ALLOWED = frozenset({"to", "__len__", "__get__", "__getitem__", "size", "numel", "cat", "float"})
+    ALLOWED = frozenset({"copy_", "to", "__len__", "__get__", "__getitem__", "size", "numel", "cat", "float"})
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):

@@ -27,7 +27,7 @@ class Watched:
     """A pass that notes, after another, the window's target and what student and teacher make of its first batch."""
 
     def __init__(self, step):
-        self.step, self.blocks_at_once, self.seen = step, step.blocks_at_once, []
+        self.step, self.phase, self.blocks_at_once, self.seen = step, step.phase, step.blocks_at_once, []
 
     def apply(self, window):
         self.step.apply(window)

@@ -185,8 +185,10 @@ def test_python_does_the_same_as_the_command_line(output, tmp_path):
     assert result.report["sha256"] == json.loads((path / "report.json").read_text())["sha256"]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing_behind(tmp_path, sent):
+@pytest.mark.parametrize(
+    ("sent", "times", "lines"), [(signal.SIGINT, 2, 2), (signal.SIGTERM, 1, 1)], ids=["Ctrl-C twice", "terminate"]
+)
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path, sent, times, lines):
     command = ["quantize", "tiny", *SMALL, "--updates", "100000", "-o", tmp_path / "out"]
     process = subprocess.Popen(
         [sys.executable, "-m", "quantkit", *command],
@@ -199,8 +201,11 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path, sent):
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:  # the hidden directory: calibration has begun
         time.sleep(0.05)
     time.sleep(0.5)
-    process.send_signal(sent)
-    assert process.communicate(timeout=60)[1] == "error: interrupted; nothing was written\n"
+    for _ in range(times):
+        process.send_signal(sent)
+        time.sleep(0.5)
+    said = process.communicate(timeout=60)[1].splitlines()
+    assert (len(said), said[-1]) == (lines, "error: interrupted; nothing was written")
     assert process.returncode == 130
     assert list(tmp_path.iterdir()) == []
 

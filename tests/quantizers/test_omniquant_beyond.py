@@ -68,6 +68,7 @@ def walk(model, method, batches, scheme=SCHEME):
     seen, sites = [], []
 
     class Watched:
+        phase = method.phase
         blocks_at_once = method.blocks_at_once
 
         def apply(self, window):
