@@ -53,10 +53,10 @@ def _measured(run: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         write(work / "model", run["layers"], run["width"])
-        (work / "text.txt").write_text(_text(), encoding="utf-8")
+        (work / "text.jsonl").write_text(_text(), encoding="utf-8")
         command = [
             *(sys.executable, "-m", "quantkit", "quantize", str(work / "model"), "--json", "--device", "cpu"),
-            *("--method", "rtn", "--group-size", "32", "--calibration", str(work / "text.txt"), "--seqlen", "128"),
+            *("--method", "rtn", "--group-size", "32", "--calibration", str(work / "text.jsonl"), "--seqlen", "128"),
             *("--samples", str(run["samples"]), "--batch-size", "1", "-o", str(work / "out")),
             *(("--memory", run["memory"]) if run["memory"] else ()),
         ]
@@ -71,10 +71,10 @@ KINDS = ("measured", "predicted")
 
 
 def _text() -> str:
-    """Return words without meaning, enough for all sequences."""
+    """Return documents of words without meaning, enough for all sequences, one to a line of JSON."""
     chance = random.Random(0)
     words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(2, 7))) for _ in range(2000)]
-    return " ".join(chance.choices(words, k=150_000))
+    return "".join(json.dumps({"text": " ".join(chance.choices(words, k=300))}) + "\n" for _ in range(500))
 
 
 def _line(row: dict[str, Any]) -> str:
