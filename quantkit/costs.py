@@ -27,8 +27,9 @@ from quantkit.model.writer import SHARD_BYTES
 from quantkit.workload import Workload
 
 LIBRARIES = 75e6  # what torch, tokenizers and safetensors allocate when they are first used
-COPIES_BLOCK = 4.0  # of a block in float32: itself, what it is read from, its rounded weights, codes and temporaries
-COPIES_TRAINED = 0.4  # what fake-quantized weights and their gradients take more during an update
+COPIES_BLOCK = 3.4  # of a block in float32: itself, what it is read from, its rounded weights, codes and temporaries
+COPIES_MOVED = 1.0  # the weights as they were before second moments moved them, or as these moved them
+COPIES_TRAINED = 1.0  # what fake-quantized weights and their gradients take more during an update
 COPIES_ACTIVATIONS = 1.7  # of inputs and outputs of the linears: these, and what is between them
 COPIES_DISTILLED = 4.0  # float32 weights of one block that are made of codes, what is saved of that, and gradients
 COPIES_COPIED = 3  # of a tensor that is copied: as it is read, as it waits, and the bytes that safetensors makes of it
@@ -226,7 +227,8 @@ def _blocks(work: Workload) -> float:
 def _window(work: Workload) -> float:
     """Everything that a window of blocks takes while passes are applied to it."""
     learns = work.updates > 0
-    weights = 4 * work.block_parameters * (COPIES_BLOCK + COPIES_TRAINED * learns)
+    copies = COPIES_BLOCK + COPIES_TRAINED * learns + COPIES_MOVED * (work.hessian > 0)
+    weights = 4 * work.block_parameters * copies
     trained = BYTES_TRAINED * work.trained * learns
     # without an update one block after the other is computed, and half is kept of each
     activations = _activations(work) * (work.window if learns else 0.5)
