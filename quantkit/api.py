@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.calibrate.data import evaluation_windows
+from quantkit.ambient import usual_settings
+from quantkit.calibrate.data import evaluation_windows, refuse_unknown_tokens
 from quantkit.calibrate.team import Team
 from quantkit.calibrate.text import Corpus, read_text
 from quantkit.conversion import Exported, export, further
@@ -59,6 +60,7 @@ class Quantized:
     formats: Mapping[str, Path]
 
 
+@usual_settings()
 def quantize(  # noqa: PLR0913
     model: str | Path | Recipe,
     *,
@@ -94,6 +96,7 @@ def quantize(  # noqa: PLR0913
     return Quantized(output=Path(output), report=report, formats=formats)
 
 
+@usual_settings()
 def plan(
     model: str | Path | Recipe,
     *,
@@ -110,6 +113,7 @@ def plan(
     return prepare(recipe, device, parse_size(memory)).plan
 
 
+@usual_settings()
 def load(
     model: str | Path,
     *,
@@ -149,6 +153,7 @@ class Comparison:
     tasks: TaskScores | None = None
 
 
+@usual_settings()
 def evaluate(  # noqa: PLR0913
     model: str | Path,
     *,
@@ -195,6 +200,7 @@ def evaluate(  # noqa: PLR0913
     return measured if against is None else replace(measured, reference=measure(against, None))
 
 
+@usual_settings()
 def evaluate_tasks(  # noqa: PLR0913
     model: str | Path,
     tasks: Sequence[str],
@@ -251,6 +257,7 @@ def evaluate_tasks(  # noqa: PLR0913
     return measured if against is None else replace(measured, reference=measure(against, None))
 
 
+@usual_settings()
 def compare(  # noqa: PLR0913
     model: str | Path,
     reference: str | Path,
@@ -300,6 +307,7 @@ def compare(  # noqa: PLR0913
     return Comparison(divergence=measured, tasks=replace(scores, reference=others))
 
 
+@usual_settings()
 def generate(  # noqa: PLR0913
     model: str | Path,
     prompt: str,
@@ -337,7 +345,9 @@ def _windows(
     context = context_length(model)
     if context and seqlen > context:
         raise UsageError(f"--seqlen {seqlen} is longer than the model's context; pass --seqlen {context}")
-    return evaluation_windows(corpora, tokenizer, seqlen=seqlen, windows=windows, bos=bos)
+    rows = evaluation_windows(corpora, tokenizer, seqlen=seqlen, windows=windows, bos=bos)
+    refuse_unknown_tokens(rows, model.config.get_text_config().vocab_size)
+    return rows
 
 
 def _task_runner(  # noqa: PLR0913

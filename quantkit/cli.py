@@ -15,7 +15,23 @@ import typer
 from quantkit import display, judging, pruning_command
 from quantkit.errors import CheckFailure, UsageError, nearest
 from quantkit.failures import OneLine, alone, errors, launched
-from quantkit.flags import Device, Json, Memory, Output, Restart, Revision, Sparsity
+from quantkit.flags import (
+    AllowShort,
+    Device,
+    DryRun,
+    Json,
+    Memory,
+    Output,
+    Overwrite,
+    RecipeFile,
+    Restart,
+    Revision,
+    Seed,
+    Seqlen,
+    SourceModel,
+    Sparsity,
+    Target,
+)
 from quantkit.pruning_command import given, settings
 from quantkit.running import run
 
@@ -31,14 +47,8 @@ app = typer.Typer(
 
 @app.command()
 def quantize(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A directory, a Hub id (org/name), or an alias: quantkit list models."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Directory to write; it appears whole or not at all."),
-    ] = None,
+    model: SourceModel = None,
+    output: Target = None,
     wbits: Annotated[int | None, typer.Option(help="Bits per weight, 2 to 8. (default: 4)")] = None,
     target_bpw: Annotated[
         float | None,
@@ -90,14 +100,9 @@ def quantize(
     samples: Annotated[
         int | None, typer.Option(help="Calibration sequences. (default: 128; 4 for methods that do not learn)")
     ] = None,
-    seqlen: Annotated[
-        int | None, typer.Option(help="Tokens in a sequence. (default: 2048, or the model's context)")
-    ] = None,
+    seqlen: Seqlen = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per update. (default: 1)")] = None,
-    allow_short: Annotated[
-        bool | None,
-        typer.Option("--allow-short", help="Go on when the text has fewer sequences than asked for."),
-    ] = None,
+    allow_short: AllowShort = None,
     updates: Annotated[
         int | None, typer.Option(help="Updates for each window of blocks. (default: the preset's)")
     ] = None,
@@ -129,7 +134,7 @@ def quantize(
             help="Any other hyper-parameter; `distill.updates=0` means that of one pass; repeatable.",
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random. (default: 0)")] = None,
+    seed: Seed = None,
     device: Device = None,
     memory: Memory = None,
     revision: Revision = None,
@@ -140,16 +145,10 @@ def quantize(
             help="Formats besides compressed-tensors, with commas: gptq,gguf; each is written to OUTPUT/<format>.",
         ),
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="TOML recipe, as saved beside a model; flags change it.")] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace OUTPUT; the old one is kept until the new one is whole."),
-    ] = False,
+    recipe: RecipeFile = None,
+    overwrite: Overwrite = False,
     restart: Restart = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print the plan (sites, sizes, memory, disk, time); compute nothing."),
-    ] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL block by block and write packed safetensors that load in transformers and vLLM.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from quantkit import methods
+from quantkit.ambient import usual_settings
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import ModelError, OutputError, UsageError, nearest
@@ -86,6 +87,7 @@ def refuse_unfit(
                 raise UsageError(f"{linear}: {error}") from None
 
 
+@usual_settings()
 def export(
     output: str | Path,
     *,

@@ -63,6 +63,7 @@ def plan(plan: "Plan", recipe: "Recipe", *, as_json: bool) -> None:
 
 def plan_facts(plan: "Plan", recipe: "Recipe") -> dict[str, Any]:
     """Return the plan as the JSON object of `quantize --dry-run --json`."""
+    text = recipe.calibration  # of all processes; the plan is that of one
     return {
         "model": recipe.model,
         "model_type": plan.model_type,
@@ -76,7 +77,7 @@ def plan_facts(plan: "Plan", recipe: "Recipe") -> dict[str, Any]:
         "quantized_parameters": plan.quantized_parameters,
         "sites": {name: list(shape) for name, shape in plan.shapes.items()},
         "dense": list(plan.dense),
-        "calibration": {"text": recipe.calibration.text, "samples": plan.samples, "seqlen": plan.seqlen},
+        "calibration": {"text": text.text, "samples": text.samples, "seqlen": plan.seqlen},
         "device": str(plan.device),
         "output_bytes": plan.output_bytes,
         "spilled_bytes": plan.spilled_bytes,
@@ -291,7 +292,7 @@ def _plan_table(plan: "Plan", recipe: "Recipe") -> Table:
         table.add_row("quantized", f"{len(plan.shapes)} linears, {share:.1%} of the parameters")
     table.add_row(
         "text",
-        f"{escape(text.text)}, {plan.samples} sequences of {plan.seqlen} tokens, {text.batch_size} per batch",
+        f"{escape(text.text)}, {text.samples} sequences of {plan.seqlen} tokens, {text.batch_size} per batch",
     )
     further = f", as much again as {' and '.join(plan.formats)}" if plan.formats else ""
     table.add_row("output", f"{most}{human_size(plan.output_bytes)} of weights{further}")

@@ -27,10 +27,7 @@ class QuantkitError(Exception):
 
     def __str__(self) -> str:
         """Return the message: printable, in one line, its middle left out where it is very long."""
-        text = super().__str__()
-        if len(text) > LONGEST:
-            text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+        return one_line(super().__str__())
 
 
 class UsageError(QuantkitError):
@@ -77,6 +74,13 @@ class TeamError(QuantkitError):
 
 class QuantkitWarning(UserWarning):
     """Something works, but not as well as it could; the command line shows it as one line."""
+
+
+def one_line(text: str) -> str:
+    """Return what can be shown of a text in one line: printable, the middle left out where it is very long."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def nearest(name: str, known: Iterable[str], *, otherwise: str | None = None) -> str:

@@ -37,3 +37,21 @@ Memory = Annotated[
         " same. (default: a share of what is free)"
     ),
 ]
+SourceModel = Annotated[
+    str | None, typer.Argument(help="A directory, a Hub id (org/name), or an alias: quantkit list models.")
+]
+Target = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Directory to write; it appears whole or not at all.")
+]
+Seqlen = Annotated[int | None, typer.Option(help="Tokens in a sequence. (default: 2048, or the model's context)")]
+AllowShort = Annotated[
+    bool | None, typer.Option("--allow-short", help="Go on when the text has fewer sequences than asked for.")
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random. (default: 0)")]
+RecipeFile = Annotated[Path | None, typer.Option(help="TOML recipe, as saved beside a model; flags change it.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace OUTPUT; the old one is kept until the new one is whole.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan (sites, sizes, memory, disk, time); compute nothing.")
+]

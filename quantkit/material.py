@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from quantkit.allocation import Losses
-from quantkit.calibrate.data import calibration_tokens, load_tokenizer
+from quantkit.calibrate.data import calibration_tokens, load_tokenizer, refuse_unknown_tokens
 from quantkit.calibrate.engine import Engine
 from quantkit.calibrate.journal import Journal
 from quantkit.calibrate.memory import release_freed
@@ -59,11 +59,7 @@ def _calibration(prepared: Prepared, journal: Journal, progress: Listener) -> Te
             f"{wanted.text} gives {len(tokens)} sequences of {seqlen} tokens, not {wanted.samples}; "
             f"{way}, or give more text"
         )
-    vocabulary = prepared.skeleton.config.get_text_config().vocab_size
-    if int(tokens.max()) >= vocabulary:
-        raise DataError(
-            f"the tokenizer gives token {int(tokens.max())} but the model's vocabulary ends at {vocabulary - 1}"
-        )
+    refuse_unknown_tokens(tokens, prepared.skeleton.config.get_text_config().vocab_size)
     return tokens
 
 

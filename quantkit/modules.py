@@ -1,9 +1,11 @@
 """Pruning of any module, without a checkpoint: `prune_module` chooses masks, `apply_masks` takes those of somebody.
 
 Scores come from the weights alone (`magnitude`) or from the weights and what reaches them (`wanda`: |W| · ‖x‖, Sun et
-al., arXiv 2306.11695, here for every layer that is linear in its weight, convolutions too).
+al., arXiv 2306.11695, here for every layer that is linear in its weight, convolutions too). A `random-graph` asks
+neither; the gates of a recurrent layer share its structure, since a gate is part of a unit.
 """
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -14,9 +16,11 @@ from torch import Tensor, nn
 from quantkit.core.masks import SCOPES, Scope, Sparsity, choose, choose_globally
 from quantkit.errors import UsageError, nearest
 from quantkit.model.matrices import Matrix, Target, find_matrices
+from quantkit.pruners.random_graph import KINDS, Kind, mask_of, random_graph
 from quantkit.train.masked import Masks
 
-Method = Literal["magnitude", "wanda"]
+Method = Literal["magnitude", "wanda", "random-graph"]
+SMALLEST_GRAPH, LARGEST_GRAPH = 3, 64  # nodes
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
@@ -31,6 +35,8 @@ def prune_module(  # noqa: PLR0913  each is a choice of its own
     target: Target | None = None,
     per_gate: bool = False,
     inputs: Inputs | None = None,
+    graph: Kind = "watts-strogatz",
+    seed: int = 0,
 ) -> Masks:
     """Set the least important weights of `model` to zero and return which stay.
 
@@ -45,7 +51,7 @@ def prune_module(  # noqa: PLR0913  each is a choice of its own
             `MultiheadAttention` are pruned, not biases, norms, embeddings. A weight that modules share is pruned once.
         sparsity: the share of the weights that go, below 1, or N:M such as `2:4`, by which N of M consecutive inputs
             stay.
-        method: `magnitude`, or `wanda`, which needs `inputs`.
+        method: `magnitude`; `wanda`, which needs `inputs`; or `random-graph`, a structure to train from.
         scope: within what weights are compared: `matrix`, `row`, or `global`, over all chosen matrices. None: a row for
             wanda, otherwise a matrix.
         include: globs of names of parameters or of modules.
@@ -55,13 +61,18 @@ def prune_module(  # noqa: PLR0913  each is a choice of its own
         per_gate: compare within each gate of an LSTM or GRU, and within Q, K and V of attention; otherwise over their
             stacked matrix.
         inputs: what the model is called with once, a tensor, a tuple of arguments, or a mapping of them by name.
+        graph: `watts-strogatz` or `barabasi-albert`, of `random-graph`.
+        seed: of random graphs, another one for each matrix.
 
     Raises:
         UsageError: something above is not as it says, or nothing fits it; then no weight was touched.
     """
-    wanted = _checked(method, scope, per_gate=per_gate, inputs=inputs)
+    wanted = _checked(method, scope, graph, per_gate=per_gate, inputs=inputs)
     share = Sparsity.parse(str(sparsity))
     matrices = find_matrices(model, include=include, exclude=exclude, target=target)
+    _refuse_widths(matrices, share)
+    if method == "random-graph":
+        return Masks(model, {matrix.name: _structure(matrix, share, graph, seed) for matrix in matrices})
     scores = {matrix.name: matrix.weight.detach().abs() for matrix in matrices}
     if method == "wanda":
         energies = input_energies(model, matrices, inputs)
@@ -150,7 +161,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _checked(method: str, scope: str | None, *, per_gate: bool, inputs: Inputs | None) -> Scope:
+def _checked(method: str, scope: str | None, graph: str, *, per_gate: bool, inputs: Inputs | None) -> Scope:
     """Return the scope that is meant.
 
     Raises:
@@ -160,11 +171,43 @@ def _checked(method: str, scope: str | None, *, per_gate: bool, inputs: Inputs |
         raise UsageError(f"prune_module knows no method {method!r}{nearest(method, get_args(Method))}")
     if scope is not None and scope not in SCOPES:
         raise UsageError(f"there is no scope {scope!r}{nearest(scope, SCOPES)}")
+    if graph not in KINDS:
+        raise UsageError(f"there is no graph {graph!r}{nearest(graph, KINDS)}")
     if (method == "wanda") != (inputs is not None):
-        raise UsageError("wanda needs inputs, what the model is called with, and magnitude takes none")
+        raise UsageError("wanda needs inputs, what the model is called with, and other methods take none")
+    if method == "random-graph" and (per_gate or scope not in {None, "matrix"}):
+        raise UsageError("a random graph compares no weights; leave out scope and per_gate")
+    if method == "wanda" and scope == "global":
+        raise UsageError("wanda has no scope='global', since norms of different inputs differ; give row or matrix")
     if per_gate and scope == "global":
         raise UsageError("per_gate compares within a gate, and scope='global' over all matrices; choose one of them")
     return scope or ("row" if method == "wanda" else "matrix")
+
+
+def _refuse_widths(matrices: Sequence[Matrix], sparsity: Sparsity) -> None:
+    for matrix in matrices:
+        try:
+            sparsity.check_width(matrix.rows(matrix.weight).shape[1])
+        except UsageError as error:
+            raise UsageError(f"{matrix.name}: {error}") from None
+
+
+def _structure(matrix: Matrix, sparsity: Sparsity, kind: Kind, seed: int) -> Tensor:
+    """Return the mask of a random graph, in the shape of the parameter, the same for each of its stacked matrices.
+
+    Raises:
+        UsageError: a side is shorter than the smallest graph.
+    """
+    rows, width = matrix.rows(matrix.weight).shape
+    shape = (rows // matrix.stacked, width)
+    if min(shape) < SMALLEST_GRAPH:
+        raise UsageError(
+            f"{matrix.name} has {shape[0]} outputs of {width} inputs; a graph needs 3 of both, so exclude it"
+        )
+    own = (seed << 32) + zlib.crc32(matrix.name.encode())
+    graph = random_graph(kind, min(LARGEST_GRAPH, *shape), 1 - sparsity.share, seed=own)
+    mask = mask_of(graph, shape, sparsity, seed=own).to(matrix.weight.device)
+    return matrix.unrows(mask.repeat(matrix.stacked, 1))
 
 
 def _chosen(
@@ -172,11 +215,6 @@ def _chosen(
 ) -> dict[str, Tensor]:
     """Return the masks by name, in the shapes of the parameters."""
     rows = {matrix.name: matrix.rows(scores[matrix.name]) for matrix in matrices}
-    for name, score in rows.items():
-        try:
-            sparsity.check_width(score.shape[1])
-        except UsageError as error:
-            raise UsageError(f"{name}: {error}") from None
     if scope == "global":
         masks = choose_globally(rows, sparsity)
     else:

@@ -1,9 +1,7 @@
 """One run from a recipe to a directory: everything is refused in `prepare`, everything is computed in `execute`."""
 
 import json
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,7 +96,7 @@ def execute(
     refuse_what_cannot_work(prepared, output, overwrite=overwrite)
     if not prepared.team.leads:
         return _follow(prepared, output)
-    with Workspace(output) as place, _random_kept():
+    with Workspace(output) as place:
         if prepared.team.say(place.finished and not restart):
             return _finished(prepared, place)
         journal = Journal(place.run, identity(prepared), restart=restart)
@@ -109,16 +107,6 @@ def execute(
                 done = f", behind block {journal.finished - 1}" if journal.finished else ""
                 error.add_note(f"the same command goes on{done}")
             raise
-
-
-@contextmanager
-def _random_kept() -> Iterator[None]:
-    """Leave Python's global generator as it was: torch draws from it when an optimizer is first used."""
-    state = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(state)
 
 
 def _run(
@@ -150,7 +138,7 @@ def _run(
             watch=watch,
             stop=stop,
         )
-        engine = material.engine(prepared, checkpoint, Streams(prepared.plan.stream_bytes, place.made))
+        engine = material.engine(prepared, checkpoint, Streams(prepared.plan.stream_bytes, place.directory))
         result = keeper.result(sink)
         prepared.team.say(result is not None)
         reports, sample, whole = result or _calibrate(engine, tokens, prepared, sink, keeper, watch)
@@ -215,7 +203,7 @@ def _finished(prepared: Prepared, place: Workspace) -> dict[str, Any]:
 
 
 def _shards(journal: Journal, *, staged: bool) -> int:
-    """Return how many shards of the output an earlier process wrote; refuse those that are damaged."""
+    """Return how many shards of the output an earlier process finished."""
     result = journal.recall("result")
     if result is not None:
         return int(result["shards"])

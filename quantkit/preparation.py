@@ -49,7 +49,7 @@ def prepare(recipe: Recipe, device: str | None = None, memory: int | None = None
     source = names.resolve(recipe.model, revision=recipe.revision, weights=False)
     recipe = replace(recipe, revision=source.revision)
     team.agree("recipes", recipe.to_toml())
-    team.agree("models", (source.path / "config.json").read_text(encoding="utf-8"))
+    team.agree("models", sha256(source.path / "config.json"))
     skeleton = Skeleton(source.path)
     share = memory // team.local_size if memory else None
     plan = make_plan(skeleton, _share(recipe, team), pick_device(team.device(device)), share)

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.ambient import usual_settings
 from quantkit.keywords import make_recipe
 from quantkit.pipeline import Progress, execute, prepare
 from quantkit.recipe import DEFAULT_PRUNER, Recipe
+from quantkit.units import parse_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,7 @@ class Pruned:
     report: Mapping[str, Any]
 
 
+@usual_settings()
 def prune(  # noqa: PLR0913
     model: str | Path | Recipe,
     *,
@@ -26,7 +29,9 @@ def prune(  # noqa: PLR0913
     sparsity: str | float = 0.5,
     options: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    restart: bool = False,
     device: str | None = None,
+    memory: int | str | None = None,
     progress: Progress | None = None,
     **fields: Any,  # noqa: ANN401  checked by the recipe
 ) -> Pruned:
@@ -43,7 +48,9 @@ def prune(  # noqa: PLR0913
         sparsity: a share such as 0.5, or N:M such as "2:4", by which 2 of every 4 inputs stay.
         options: other hyper-parameters, such as {"allocation": "loss", "exclude": ["*.down_proj"], "recover": 64}.
         overwrite: replace an existing output, which is kept until the new one is whole.
+        restart: begin anew instead of going on behind what an interrupted run finished.
         device: as in `quantize`.
+        memory: as in `quantize`.
         progress: told what happens; None: nobody.
         fields: `calibration`, `samples`, `seqlen`, `batch_size`, `allow_short`, `seed`, `revision` as in `make_recipe`.
 
@@ -53,5 +60,6 @@ def prune(  # noqa: PLR0913
     if not isinstance(model, Recipe):
         own = {"sparsity": sparsity, **(options or {})}
         model = make_recipe(model, prune=method, options=own, dense=True, **fields)
-    report = execute(prepare(model, device), Path(output), overwrite=overwrite, progress=progress)
+    prepared = prepare(model, device, parse_size(memory))
+    report = execute(prepared, Path(output), overwrite=overwrite, restart=restart, progress=progress)
     return Pruned(output=Path(output), report=report)

@@ -7,18 +7,29 @@ import typer
 
 from quantkit.errors import UsageError
 from quantkit.failures import errors, launched
-from quantkit.flags import Allocation, Device, Json, Memory, Restart, Revision, Sparsity
+from quantkit.flags import (
+    Allocation,
+    AllowShort,
+    Device,
+    DryRun,
+    Json,
+    Memory,
+    Overwrite,
+    RecipeFile,
+    Restart,
+    Revision,
+    Seed,
+    Seqlen,
+    SourceModel,
+    Sparsity,
+    Target,
+)
 from quantkit.running import run
 
 
 def prune(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A directory, a Hub id (org/name), or an alias: quantkit list models."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory to write; it appears whole or not at all.")
-    ] = None,
+    model: SourceModel = None,
+    output: Target = None,
     method: Annotated[
         str | None, typer.Option(help="How weights are chosen: quantkit list pruners. (default: sparsegpt)")
     ] = None,
@@ -39,27 +50,21 @@ def prune(
         str | None, typer.Option(help="Text to learn from, as of quantize. (default: default; embedded for magnitude)")
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences. (default: 128; 4 for magnitude)")] = None,
-    seqlen: Annotated[
-        int | None, typer.Option(help="Tokens in a sequence. (default: 2048, or the model's context)")
-    ] = None,
+    seqlen: Seqlen = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences in a batch. (default: 1)")] = None,
-    allow_short: Annotated[
-        bool | None, typer.Option("--allow-short", help="Go on when the text has fewer sequences than asked for.")
-    ] = None,
+    allow_short: AllowShort = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other hyper-parameter of the method; repeatable."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random. (default: 0)")] = None,
+    seed: Seed = None,
     device: Device = None,
     revision: Revision = None,
-    recipe: Annotated[Path | None, typer.Option(help="TOML recipe, as saved beside a model; flags change it.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUTPUT; the old one is kept until the new one is whole.")
-    ] = False,
+    recipe: RecipeFile = None,
+    overwrite: Overwrite = False,
     restart: Restart = False,
     memory: Memory = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; compute nothing.")] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Prune MODEL block by block and write it, zeros included, in its own dtype: plain transformers loads it.

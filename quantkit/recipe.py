@@ -82,6 +82,8 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if odd := [glob for glob in self.ignore if not isinstance(glob, str)]:
+            raise UsageError(f"ignore must be a list of globs, and {odd[0]!r} is none")
         for name in (self.model, self.calibration.text):
             if name != name.encode(errors="replace").decode():
                 raise UsageError(f"{name!r} is not UTF-8, so no recipe can name it; rename it, or make a link to it")
@@ -341,6 +343,8 @@ def _read_passes(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     steps: dict[str, dict[str, Any]] = {}
     for entry in entries:
         name = entry.pop("method")
+        if not isinstance(name, str):
+            raise ValueError(f"it names the pass {name!r}, which is no string")
         if name in steps:
             raise ValueError(f"it names the pass {name} twice")
         steps[name] = entry

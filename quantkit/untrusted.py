@@ -29,6 +29,14 @@ def read_document(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def is_file(path: Path) -> bool:
+    """Return whether there is such a file, also for a name that no file can have."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def parse_json(text: str) -> Any:  # noqa: ANN401  whatever JSON holds
     """Return what a JSON document says.
 

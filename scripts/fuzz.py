@@ -11,11 +11,13 @@ they begin with, so a file that claims to be huge is found out. Exits with 1 if 
 """
 
 import argparse
+import faulthandler
 import multiprocessing
 import resource
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -27,6 +29,7 @@ from damaged import Arena, Verdict
 from rich.progress import track
 
 ROOM = 4 * 2**30
+STUCK = 60  # seconds after which a process ends itself
 _ARENA: list[Arena] = []
 
 
@@ -57,28 +60,19 @@ def main() -> None:
     sys.exit(bool(findings))
 
 
-def _verdicts(seeds: range | list[int], jobs: int, home: Path):  # noqa: ANN202  an iterator of Verdict
-    """Yield a verdict for every seed; a worker that dies is a finding, and the rest goes on without it."""
+def _verdicts(seeds: Iterable[int], jobs: int, home: Path) -> Iterator[Verdict]:
+    """Yield a verdict for every seed; a worker that dies is a finding, and the rest goes on with new ones."""
     left, context = list(seeds), multiprocessing.get_context("spawn")
-    for number in range(len(left)):
-        if not left:
-            return
-        room = home / str(number)
-        room.mkdir()
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(room,)) as pool:
-            waiting = [(seed, pool.submit(_run, seed)) for seed in left]
-            for seed, future in waiting:
+    while left:
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(home,)) as pool:
+            for seed, future in [(seed, pool.submit(_run, seed)) for seed in left]:
+                left.remove(seed)
                 try:
                     yield future.result()
-                    left.remove(seed)
                 except BrokenProcessPool:
-                    left.remove(seed)
-                    yield Verdict(
-                        seed=seed, target="?", damage="?", outcome="fault", fault="the process died, or its neighbour"
-                    )
+                    fault = "the process died, or its neighbour"
+                    yield Verdict(seed=seed, target="?", damage="?", outcome="fault", fault=fault)
                     break
-            else:
-                return
 
 
 def _start(home: Path) -> None:
@@ -90,7 +84,10 @@ def _start(home: Path) -> None:
 
 
 def _run(seed: int) -> Verdict:
-    return _ARENA[0].run(seed)
+    faulthandler.dump_traceback_later(STUCK, exit=True)  # an alarm does not reach what blocks outside of Python
+    verdict = _ARENA[0].run(seed)
+    faulthandler.cancel_dump_traceback_later()
+    return verdict
 
 
 if __name__ == "__main__":

@@ -65,7 +65,6 @@ def exchanges(team):
         "kinds": kinds,
         "given": given,
         "said": team.say({"rank": team.rank}, source=team.size - 1),
-        "gathered": team.gather(team.rank),
         "divided": team.divide(range(5), lambda item: {"by": torch.tensor([item, team.rank])}),
         "totals": team.total(0.1, 2),
         "refused": refused,

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "quantkit"
 LEVELS = [
     {"errors", "resources", "untrusted"},
-    {"host", "units"},
+    {"ambient", "host", "units"},
     {"core"},
     {"model"},
     {"calibrate"},
@@ -16,7 +16,9 @@ LEVELS = [
     {"pruners"},
     {"quantizers"},
     {"exporters"},
+    {"resilience"},
     {"runtime"},
+    {"personalize"},
     {"evaluation"},
     {"methods", "modules", "presets", "fields"},
     {"recipe"},
@@ -41,6 +43,10 @@ LEVEL = {family: level for level, families in enumerate(LEVELS) for family in fa
 CONFINED = {
     "accelerate": {"model/skeleton.py", "runtime/packed_model.py"},
     "compressed_tensors": set(),
+    "dp_accounting": {"personalize/accounting.py"},
+    "peft": {"personalize/parameters/lora.py"},
+    "sklearn": set(),
+    "opacus": set(),
     "datasets": {"calibrate/text.py"},
     "gguf": {"exporters/gguf.py"},
     "lm_eval": {"evaluation/harness.py"},

@@ -26,7 +26,7 @@ MODULES = {
     "linear": lambda: nn.Linear(10, 7),
     "conv1d": lambda: nn.Conv1d(4, 6, 3),
     "conv2d": lambda: nn.Conv2d(4, 6, (3, 2), groups=2),
-    "conv3d": lambda: nn.Conv3d(2, 3, 2),
+    "conv3d": lambda: nn.Conv3d(2, 8, 2),
     "Conv1D": lambda: Conv1D(7, 10),
     "rnn": lambda: nn.RNN(5, 6, 2),
     "lstm": lambda: nn.LSTM(5, 6, bidirectional=True),
@@ -102,6 +102,21 @@ def test_pruning_further_keeps_what_is_pruned():
     first = quantkit.prune_module(model, sparsity=0.4)
     second = quantkit.prune_module(model, sparsity=0.8)
     assert not any((second[name] & ~first[name]).any() for name in first)
+
+
+@pytest.mark.parametrize("graph", ["watts-strogatz", "barabasi-albert"])
+@pytest.mark.parametrize("name", MODULES)
+def test_random_graphs_have_exact_counts_and_seeds_and_one_structure_for_all_gates(name, graph):
+    options = {"sparsity": 0.6, "method": "random-graph", "graph": graph}
+    masks = dict(quantkit.prune_module(MODULES[name](), **options))
+    for matrix in find_matrices(MODULES[name]()):
+        gates = matrix.rows(masks[matrix.name]).chunk(matrix.stacked)
+        assert dropped(gates[0]) == round(0.6 * gates[0].numel())
+        assert all(torch.equal(gate, gates[0]) for gate in gates)
+    again = quantkit.prune_module(MODULES[name](), **options)
+    other = quantkit.prune_module(MODULES[name](), **options, seed=1)
+    assert all(torch.equal(again[key], mask) for key, mask in masks.items())
+    assert not all(torch.equal(other[key], mask) for key, mask in masks.items())
 
 
 CONVOLUTIONS = [
@@ -186,7 +201,15 @@ with torch.no_grad():
         (nn.Linear(4, 4), {"scope": "column"}, "there is no scope 'column'"),
         (nn.LSTM(4, 4), {"scope": "global", "per_gate": True}, "choose one of them"),
         (nn.Linear(4, 4), {"method": "wanda"}, "wanda needs inputs"),
-        (nn.Linear(4, 4), {"inputs": torch.ones(1, 4)}, "magnitude takes none"),
+        (nn.Linear(4, 4), {"inputs": torch.ones(1, 4)}, "other methods take none"),
+        (
+            nn.Linear(4, 4),
+            {"method": "wanda", "inputs": torch.ones(1, 4), "scope": "global"},
+            "norms of different inputs",
+        ),
+        (nn.Linear(4, 4), {"method": "random-graph", "graph": "erdos"}, "there is no graph 'erdos'"),
+        (nn.Linear(4, 4), {"method": "random-graph", "scope": "row"}, "a random graph compares no weights"),
+        (nn.Linear(8, 2), {"method": "random-graph"}, "weight has 2 outputs of 8 inputs; a graph needs 3"),
         (nn.LSTM(4, 4), {"method": "wanda", "inputs": torch.ones(1, 1, 4)}, "what reaches weight_ih_l0 cannot be seen"),
         (NOT_FINITE, {}, "weight or what reaches it is not finite"),
         (nn.ReLU(), {}, "ReLU has no weight matrix"),

@@ -361,3 +361,9 @@ def test_a_setting_is_a_toml_value_or_a_word(text, name, value):
 def test_a_setting_that_is_none(text):
     with pytest.raises(UsageError, match=r"^--set takes NAME=VALUE such as lr=0.001"):
         parse_setting(text)
+
+
+def test_a_pass_whose_name_is_no_string(tmp_path):
+    (tmp_path / "recipe.toml").write_text('model = "tiny"\n[[passes]]\nmethod = 1.5\n')
+    with pytest.raises(UsageError, match=r"is no recipe: it names the pass 1\.5, which is no string$"):
+        Recipe.from_toml(tmp_path / "recipe.toml")

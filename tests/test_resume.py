@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import quantkit
 from quantkit.calibrate.journal import Journal
-from quantkit.cli import app
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import ModelError, OutputError, QuantkitWarning, UsageError
 from quantkit.keeping import Keeper, Stopped
@@ -37,8 +35,7 @@ CALIBRATION = Calibration(text="embedded", samples=4, seqlen=32)
 
 def start(output, *, after=None, restart=False, overwrite=False, **options):
     """Do a run of the embedded model, stopped behind block `after` if one is given."""
-    recipe = options if isinstance(options, Recipe) else quantkit.make_recipe("tiny", **(options or RTN))
-    prepared, blocks = prepare(recipe, "cpu"), []
+    prepared, blocks = prepare(quantkit.make_recipe("tiny", **(options or RTN)), "cpu"), []
 
     class Count(Silent):
         def block(self, report):
@@ -368,39 +365,3 @@ def test_an_export_does_not_sweep_a_run_away(stopped, tiny_rtn_w4):
     with pytest.raises(OutputError, match="holds an interrupted run of `quantkit quantize`; finish it, choose another"):
         quantkit.export(tiny_rtn_w4, format="gptq", to=stopped)
     assert "block-00002.json" in kept(stopped)
-
-
-COMMAND = ["quantize", "tiny", "--method", "rtn", "--group-size", "32", "--samples", "2", "--seqlen", "32", "-o"]
-
-
-def interrupting(monkeypatch, times):
-    """Send SIGINT when block 1 is about to be kept."""
-    keep = Keeper.keep
-
-    def interrupted(keeper, block, report, walk):
-        for _ in range(times if block.index == 1 else 0):
-            signal.raise_signal(signal.SIGINT)
-        keep(keeper, block, report, walk)
-
-    monkeypatch.setattr(Keeper, "keep", interrupted)
-
-
-@pytest.mark.parametrize(("times", "finished"), [(1, 1), (2, 0)], ids=["once", "twice"])
-def test_ctrl_c(output, monkeypatch, times, finished):
-    before = signal.getsignal(signal.SIGINT)
-    interrupting(monkeypatch, times)
-    result = CliRunner().invoke(app, [*COMMAND, str(output)])
-    assert result.exit_code == 130
-    warning, error = result.stderr.splitlines()
-    assert warning.startswith("warning: stopping behind this window of blocks, which is kept; Ctrl-C again")
-    assert error == f"error: interrupted; the same command goes on, behind block {finished}"
-    assert signal.getsignal(signal.SIGINT) is before
-    monkeypatch.undo()
-    assert CliRunner().invoke(app, [*COMMAND, str(output)]).exit_code == 0
-
-
-def test_restart_on_the_command_line(stopped):
-    refused = CliRunner().invoke(app, [*COMMAND, str(stopped)])
-    assert refused.exit_code == UsageError.exit_code
-    assert "had samples 4, not 2; start it again as it was to finish it, pass --restart" in refused.stderr
-    assert CliRunner().invoke(app, [*COMMAND, str(stopped), "--restart"]).exit_code == 0

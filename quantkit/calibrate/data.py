@@ -21,7 +21,10 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         ModelError: there is none, or it cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise TypeError(f"model_max_length is {tokenizer.model_max_length!r}, no number")
+        return tokenizer
     except MemoryError:
         raise
     except Exception as error:  # tokenizers raises plain ones
@@ -80,6 +83,15 @@ def evaluation_windows(
     if bos:
         rows = torch.cat([torch.full((len(rows), 1), int(tokenizer.bos_token_id)), rows], dim=1)
     return rows
+
+
+def refuse_unknown_tokens(tokens: Tensor, vocabulary: int) -> None:
+    """Raise DataError for a token that a model of so many tokens does not have."""
+    if tokens.numel() and int(tokens.max()) >= vocabulary:
+        raise DataError(
+            f"the tokenizer gives token {int(tokens.max())} but the model's vocabulary ends at {vocabulary - 1}; "
+            "the tokenizer files belong to another model"
+        )
 
 
 def _tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> list[int]:

@@ -7,6 +7,7 @@ runs them again, forward only, by the same operations, which gives the same byte
     tokens         what it is calibrated on
     source         SHA-256 of the source's weights
     losses         what was measured to spend a budget of bits
+    shares         what share each linear loses, where that was measured
     block-00007    a finished block: its report, which shards hold it, and what the window had decided about later ones
     result         everything after the last block
 
@@ -90,17 +91,7 @@ class Journal:
         Raises:
             OutputError: they are damaged.
         """
-        path = self._path(name)
-        if not path.exists():
-            return None
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            claimed = document.pop("sha256")
-            if claimed != _digest(document):
-                raise self._damaged(path)
-            return document["facts"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._damaged(path) from error
+        return self._document(name)["facts"] if self._path(name).exists() else None
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors that were kept with the facts of a name.
@@ -109,9 +100,7 @@ class Journal:
             OutputError: they are damaged.
         """
         path = self._path(name, "safetensors")
-        self.recall(name)
-        claimed = json.loads(self._path(name).read_text(encoding="utf-8")).get("tensors")
-        self.verify(path, claimed)
+        self.verify(path, self._document(name).get("tensors"))
         return load_file(path)
 
     def verify(self, path: Path, digest: object) -> None:
@@ -140,6 +129,17 @@ class Journal:
     def window(self) -> dict[str, Tensor]:
         """Return what was decided about the blocks behind the last finished one."""
         return self.tensors(_BLOCK.format(self.finished - 1))
+
+    def _document(self, name: str) -> dict[str, Any]:
+        path = self._path(name)
+        try:
+            document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            claimed = document.pop("sha256")
+            if claimed == _digest(document) and "facts" in document:
+                return document
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+        raise self._damaged(path)
 
     def _path(self, name: str, kind: str = "json") -> Path:
         return self.directory / f"{name}.{kind}"

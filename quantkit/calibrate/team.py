@@ -85,7 +85,8 @@ class Team:
             word = PrefixStore("word", store)
             yield cls(rank=rank, size=size, local_rank=local, local_size=here, store=word, elastic=elastic)
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
     @classmethod
     def current(cls) -> Self:
@@ -146,10 +147,6 @@ class Team:
         together = torch.tensor(values, dtype=torch.float64)
         self.sum(together)
         return [float(value) for value in together]
-
-    def gather(self, value: Any) -> list[Any]:  # noqa: ANN401
-        """Return the values of all processes, anything that JSON knows, in their order."""
-        return [self.say(value, source=rank) for rank in range(self.size)]
 
     def wait(self) -> None:
         """Return when every process has come here."""
@@ -225,6 +222,7 @@ class Team:
             time.sleep(0.5)  # a process that dies closes its connections one after the other, the store perhaps last
             if self.store.add("lost", 1) > 1 if self.elastic else not self._keeps_store():
                 return None
+            dist.destroy_process_group()  # who waits for this one notices, and can say so too
             heard = self._hear(everyone, PATIENCE)
         except RuntimeError:  # the store is gone, and the first process with it
             return [0] if self.rank == 1 else None

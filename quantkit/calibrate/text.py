@@ -14,7 +14,7 @@ import psutil
 
 from quantkit.errors import DataError, NetworkError, UsageError, nearest
 from quantkit.resources import data_dir
-from quantkit.untrusted import parse_json, parse_toml, read_document
+from quantkit.untrusted import is_file, parse_json, parse_toml, read_document
 
 SELF = "self"  # the name of text that is not read but written by the model, see self_text.py
 SELF_DESCRIPTION = "text that the model itself writes, token by token; for models that fit into memory; works offline"
@@ -150,7 +150,7 @@ def read_text(name: str) -> list[Corpus]:
     known = mixes()
     if name in known:
         return [source.read() for source in known[name].sources]
-    if path.is_file() or path.suffix in (".txt", ".jsonl", ".parquet"):
+    if is_file(path) or path.suffix in (".txt", ".jsonl", ".parquet"):
         return [read_file(path)]
     if name == SELF:
         raise UsageError("'self' is text that a model writes for --calibration; to judge a model on, give another")
@@ -164,7 +164,7 @@ def read_file(path: Path) -> Corpus:
     Raises:
         DataError: missing, empty, not UTF-8, or a row without a text.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"there is no text file {path}")
     if (size := path.stat().st_size) > psutil.virtual_memory().available:
         raise DataError(f"{path} has {size / 1e9:.0f} GB, more than fits into memory; give a part of it")

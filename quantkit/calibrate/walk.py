@@ -15,6 +15,7 @@ from quantkit.calibrate.passes import Pass, Phase, Window
 from quantkit.calibrate.streams import Stream
 from quantkit.calibrate.team import Team, unite
 from quantkit.core.affine import round_to_nearest
+from quantkit.errors import ModelError
 from quantkit.model.block import Arguments, Block, Site
 
 
@@ -122,10 +123,11 @@ class Walk:
     def _prune(self, index: int, fresh: int) -> dict[str, object]:
         """Apply the passes that prune to the window, before anything is measured of rounding; return their notes."""
         window = self._window(index, count=len(self.blocks), fresh=fresh)
-        for step in self.passes:
-            if step.phase <= Phase.PRUNE:
-                step.apply(window)
-        unite(self.team, window.blocks, sliding=True)
+        before = [step for step in self.passes if step.phase <= Phase.PRUNE]
+        for step in before:
+            step.apply(window)
+        if before:  # the weights of whole blocks travel, for nothing where none was pruned
+            unite(self.team, window.blocks, sliding=True)
         return window.notes
 
     @torch.no_grad()
@@ -200,7 +202,13 @@ class Walk:
         place = len(self.blocks) - 1
         alone = self._window(index, count=1, first=place)
         for batch, hidden in enumerate(self.last):
-            self.last[batch] = alone.forward(batch, hidden=hidden)
+            output = alone.forward(batch, hidden=hidden)
+            if batch == 0 and not bool(output.isfinite().all()):
+                raise ModelError(
+                    f"block {index} of the original model gives values that are NaN or infinite; "
+                    "its config.json does not belong to the weights, or is damaged"
+                )
+            self.last[batch] = output
 
     def _window(self, index: int, *, count: int, first: int = 0, fresh: int = 0) -> Window:
         return Window(

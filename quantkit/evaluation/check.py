@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.calibrate.data import evaluation_windows
+from quantkit.ambient import usual_settings
+from quantkit.calibrate.data import evaluation_windows, refuse_unknown_tokens
 from quantkit.calibrate.text import Corpus, read_text
-from quantkit.errors import ModelError, UsageError
+from quantkit.errors import ModelError, UsageError, one_line
 from quantkit.evaluation.coverage import Coverage, coverage, report_faults, size_faults
 from quantkit.evaluation.divergence import divergence
-from quantkit.evaluation.documents import Documents, Report, Sample, at_most, read_documents
+from quantkit.evaluation.documents import Documents, Report, Sample, at_most, read_documents, side_file_faults
 from quantkit.evaluation.loading import Model, Tokenizer, context_length, load_model, quantize_activations, quiet
 from quantkit.evaluation.manifest import REPORT
 from quantkit.evaluation.shards import Shards, read_shards, shard_faults, value_faults
@@ -67,6 +68,7 @@ class _Findings:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+@usual_settings()
 def check(  # noqa: PLR0913
     output: str | Path,
     *,
@@ -118,7 +120,7 @@ def check(  # noqa: PLR0913
             quantize_activations(model, next(iter(quantization.schemes.values())), dense=quantization.ignore)
         rows = _windows(corpora, tokenizer, model, seqlen, windows)
         _compare(model, load_model(against, device=device)[0], rows, found, say)
-    return CheckResult(faults=tuple(dict.fromkeys(found.faults)), facts=_finite(found.facts))
+    return CheckResult(faults=tuple(dict.fromkeys(map(one_line, found.faults))), facts=_finite(found.facts))
 
 
 def _check_zeros(model: Model, zeros: Mapping[str, int], found: _Findings) -> None:
@@ -156,6 +158,8 @@ def _check_files(output: Path, found: _Findings, say: Callable[[str], None]) -> 
     found.faults += faults
     shards, faults = read_shards(output, documents.index, documents.report)
     found.faults += faults
+    if documents.report:
+        found.faults += at_most(side_file_faults(output, documents.report))
     say("hashing shards")
     found.faults += shard_faults(output, shards, documents.index, documents.report)
     say("reading every tensor")
@@ -255,7 +259,9 @@ def _windows(
     if seqlen and context and seqlen > context:
         raise UsageError(f"--seqlen {seqlen} is longer than the model's context of {context}")
     length = seqlen or min(DEFAULT_SEQLEN, context or DEFAULT_SEQLEN)
-    return evaluation_windows(corpora, tokenizer, seqlen=length, windows=windows)
+    rows = evaluation_windows(corpora, tokenizer, seqlen=length, windows=windows)
+    refuse_unknown_tokens(rows, model.config.get_text_config().vocab_size)
+    return rows
 
 
 def _compare(

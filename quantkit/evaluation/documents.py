@@ -13,11 +13,13 @@ from quantkit.errors import UsageError
 from quantkit.evaluation.manifest import CHECK, DENSE, RECIPE, REPORT, recorded_logits
 from quantkit.exporters.compressed_tensors import schemes_of
 from quantkit.model.checkpoint import INDEX
+from quantkit.model.integrity import sha256
 from quantkit.untrusted import parse_json, parse_toml, read_document
 
 T = TypeVar("T")
 MOST_LINES = 3  # faults of one kind that are told one by one
 
+_REWRITTEN = ("config.json", INDEX, RECIPE, REPORT, CHECK)
 _MALFORMED = (ValueError, KeyError, IndexError, TypeError, AttributeError, UsageError)
 
 
@@ -26,7 +28,8 @@ class Report:
     """What report.json promises about the weights, and the facts that `check` repeats.
 
     `schemes` gives the scheme of each linear where they were allocated one by one, and is empty otherwise; `zeros` how
-    many weights of each linear were pruned. With `dense` nothing is quantized.
+    many weights of each linear were pruned; `originals` the digests of the source's files, empty in reports of older
+    versions. With `dense` nothing is quantized.
     """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -42,6 +45,7 @@ class Report:
     device: str
     source: str
     zeros: Mapping[str, int] = field(default_factory=dict)
+    originals: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def dense(self) -> bool:
@@ -57,6 +61,7 @@ class Report:
         return cls(
             tensors={str(k): (str(kind), tuple(map(int, size))) for k, (kind, size) in table["tensors"].items()},
             sha256={str(name): str(digest) for name, digest in table["sha256"].items()},
+            originals={str(name): str(digest) for name, digest in table.get("source_sha256", {}).items()},
             output_bytes=int(table["measured"]["output_bytes"]),
             predicted_bytes=int(table["predicted"]["output_bytes"]),
             parameters=int(table["parameters"]),
@@ -143,6 +148,15 @@ def read_documents(output: Path) -> tuple[Documents, list[str]]:
         index=_read(output / INDEX, _weight_map, faults),
     )
     return documents, faults + at_most(_contradictions(documents))
+
+
+def side_file_faults(output: Path, report: Report) -> Iterator[str]:
+    """Yield which files that were copied are not the source's any more, but for texts (.md), which people edit."""
+    for path in sorted(output.rglob("*")):
+        name = path.relative_to(output).as_posix()
+        copied = name in report.originals and name not in _REWRITTEN and path.suffix not in (".safetensors", ".md")
+        if copied and path.is_file() and sha256(path) != report.originals[name]:
+            yield f"{name} was altered: its SHA-256 is not the one that the report says of the source's"
 
 
 def _contradictions(documents: Documents) -> Iterator[str]:

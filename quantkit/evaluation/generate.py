@@ -24,6 +24,7 @@ def generate(
     not repeated.
 
     Raises:
+        ModelError: its generation_config.json asks for what cannot be done, or its numbers are none.
         UsageError: the prompt fills the context, or is empty where the tokenizer has no BOS; a value out of range.
     """
     if max_new_tokens < 1:
@@ -46,7 +47,15 @@ def generate(
                 pad_token_id=tokenizer.eos_token_id,  # nothing is padded, but without it transformers warns
                 **sampling,
             )
-        except (ValueError, TypeError, IndexError, AttributeError) as error:  # settings that do not fit, or no numbers
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            ValueError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            RuntimeError,
+        ) as error:  # settings that do not fit, or no numbers
             raise ModelError(
                 f"the model cannot go on with the prompt as its generation_config.json says: {error}"
             ) from error

@@ -91,7 +91,10 @@ def quiet() -> Iterator[None]:
     """Keep progress bars and advice of libraries off the terminal; their settings come back afterwards."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub_bars_were_off = are_progress_bars_disabled()
-    draw = tqdm.__init__  # compressed-tensors draws its bars with the plain class, which has no switch
+    draw, own = (
+        tqdm.__init__,
+        vars(tqdm)["__init__"],
+    )  # compressed-tensors draws its bars with the plain class, which has no switch
     tqdm.__init__ = lambda bar, *args, **options: draw(bar, *args, **options | {"disable": True})
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -100,7 +103,7 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        tqdm.__init__ = draw
+        tqdm.__init__ = own
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

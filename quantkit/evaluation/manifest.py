@@ -46,9 +46,12 @@ def recorded_logits(document: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor
     Raises:
         KeyError, TypeError, ValueError: the document is not one.
     """
-    tokens = torch.tensor(document["tokens"], dtype=torch.int64)
-    ids = torch.tensor(document["top_ids"], dtype=torch.int64)
-    values = torch.tensor(document["top_logits"], dtype=torch.float32)
+    try:
+        tokens = torch.tensor(document["tokens"], dtype=torch.int64)
+        ids = torch.tensor(document["top_ids"], dtype=torch.int64)
+        values = torch.tensor(document["top_logits"], dtype=torch.float32)
+    except (RuntimeError, OverflowError) as error:  # a number that int64 cannot hold
+        raise ValueError(str(error)) from error
     if ids.shape != values.shape or ids.shape[:2] != tokens.shape:
         raise ValueError("tokens, ids and logits do not belong together")
     return tokens, ids, values

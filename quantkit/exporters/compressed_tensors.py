@@ -224,6 +224,9 @@ def schemes_of(config: Mapping[str, Any]) -> dict[str, QuantScheme]:
         KeyError, TypeError, AttributeError, UsageError: it is not such a configuration.
     """
     own = QuantScheme.parse(str(config[OWN]["scheme"])) if OWN in config else QuantScheme()
+    for group in config["config_groups"].values():
+        if not isinstance(group["weights"]["symmetric"], bool):
+            raise TypeError(f"symmetric is {group['weights']['symmetric']!r}, neither true nor false")
     return {
         target: replace(own, bits=weights["num_bits"], group_size=weights["group_size"], symmetric=weights["symmetric"])
         for group in config["config_groups"].values()

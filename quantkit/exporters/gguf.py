@@ -339,7 +339,7 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer, source: Path, row
     with _quiet_gguf():
         try:
             special = SpecialVocab(source, load_merges=tokenizer.model == "gpt2", n_vocab=rows)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise ModelError(f"the special tokens of {source} cannot be read: {error}") from error
         special.add_special_token.setdefault("bos", False)  # llama.cpp would add it to some
         special.add_to_gguf(writer, quiet=True)

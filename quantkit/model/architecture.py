@@ -132,7 +132,10 @@ def _group(entry: Mapping[str, Any]) -> LinearGroup:
     known = {"name", "linears", "after"}
     if unknown := set(entry) - known:
         raise ValueError(f"unknown key {min(unknown)!r} in a group, known: {sorted(known)}")
-    return LinearGroup(entry["name"], _names(entry["linears"]), entry.get("after"))
+    linears = _names(entry["linears"])
+    if not linears:
+        raise ValueError(f"the group {entry['name']!r} has no linears")
+    return LinearGroup(entry["name"], linears, entry.get("after"))
 
 
 def _names(value: object) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.model.integrity import sha256, verified_sha256
-from quantkit.untrusted import parse_json, read_document
+from quantkit.untrusted import is_file, parse_json, read_document
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -173,16 +173,9 @@ def _read_index(directory: Path) -> Mapping[str, str] | None:
         # a bare file name: nothing from an index may lead out of the directory
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             raise ModelError(f"{path} places {name} in {file!r}, outside the directory; the index is refused")
-        if not _is_file(directory / file):
+        if not is_file(directory / file):
             raise ModelError(f"{path} names the shard {file}, which does not exist; download the model again")
     return entries
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that no file can have
-        return False
 
 
 def _single_shard(directory: Path) -> Path:
@@ -203,6 +196,8 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
     Raises:
         ModelError: the file is missing, truncated or no safetensors.
     """
+    if shard.exists() and not shard.is_file():  # to open a pipe would wait for somebody who writes
+        raise ModelError(f"{shard} is no regular file; download it again")
     try:
         with safe_open(shard, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping

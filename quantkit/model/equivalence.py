@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from quantkit.errors import UsageError
 from quantkit.model.architecture import Architecture, Attention, HasTextConfig
 from quantkit.model.block import Block
 from quantkit.model.skeleton import LINEARS
@@ -73,10 +74,16 @@ def find_pairs(
         architecture: facts of the family.
         config: the model's configuration; the head size and the share of it that is rotated are read.
         let_down: with the pairs of the kind "up", which the paper does not have.
+
+    Raises:
+        UsageError: the architecture file names modules that the block does not have.
     """
     if architecture is None:
         return [], ["all: no architecture file describes this family, so what absorbs a scale is not known"]
-    found = [*_after_pairs(module, architecture, config), _query_key(module, architecture.attention, config)]
+    try:
+        found = [*_after_pairs(module, architecture, config), _query_key(module, architecture.attention, config)]
+    except AttributeError as error:  # a module that is not there
+        raise UsageError(f"the architecture file {architecture.name}.toml does not fit the model: {error}") from error
     pairs = [pair for pair in found if isinstance(pair, Pair) and (let_down or pair.kind != "up")]
     return sorted(pairs, key=lambda pair: _ORDER.index(pair.kind)), [text for text in found if isinstance(text, str)]
 

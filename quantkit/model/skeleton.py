@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from quantkit.errors import ModelError
+from quantkit.errors import ModelError, UsageError
 from quantkit.model import architecture
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.untrusted import parse_json, read_document
@@ -30,6 +30,7 @@ _CONFIG_FAULTS = (
         OSError,
         ValueError,
         KeyError,
+        IndexError,
         TypeError,
         AttributeError,
         ImportError,
@@ -72,6 +73,8 @@ class Skeleton:
         named = self.architecture and _get_module_list(self.model, self.architecture.blocks)
         self.blocks_name, self.blocks = named or _largest_module_list(self.model, model_type)
         _refuse_fused_experts(self.blocks, model_type)
+        for block in self.blocks:
+            _refuse_misfit(block, self.architecture)
 
     def block_linears(self, index: int) -> dict[str, nn.Module]:
         """Return the linears of block `index` by their name inside the block, in the order of the code."""
@@ -272,6 +275,20 @@ def _largest_module_list(model: nn.Module, model_type: str) -> tuple[str, nn.Mod
         )
     name = max(lists, key=lambda name: (sum(p.numel() for p in lists[name].parameters()), -name.count(".")))
     return name, lists[name]
+
+
+def _refuse_misfit(block: nn.Module, family: architecture.Architecture | None) -> None:
+    """Raise UsageError if linears that the architecture file says share an input have inputs of different widths."""
+    if family is None:
+        return
+    for group in family.groups:
+        found = [module for name, module in block.named_modules() if name in group.linears]
+        widths = {m.weight.shape[0 if isinstance(m, Conv1D) else 1] for m in found if isinstance(m, LINEARS)}
+        if len(widths) > 1:
+            raise UsageError(
+                f"the architecture file {family.name}.toml does not fit the model: the linears of the group "
+                f"{group.name} have inputs of different widths, {sorted(widths)}"
+            )
 
 
 def _refuse_shared_attention(config: PretrainedConfig) -> None:

@@ -186,8 +186,14 @@ class Writer:
             (self.directory / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def copy(self, source: Path, name: str | None = None) -> None:
-        """Copy a side file or a directory of the source model, following the symbolic links of a Hub cache."""
+        """Copy a side file or a directory of the source model, following the symbolic links of a Hub cache.
+
+        Raises:
+            OutputError: it does not fit on the disk, which is found out before it is copied.
+        """
         with clear_disk_errors(self.output):
+            files = source.rglob("*") if source.is_dir() else [source]
+            refuse_full_disk(self.output, sum(path.stat().st_size for path in files if path.is_file()))
             target = self.directory / (name or source.name)
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
 

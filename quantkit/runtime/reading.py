@@ -79,7 +79,7 @@ def reader(config: Mapping[str, Any]) -> Reader:
     method = config.get("quant_method")
     if method == "compressed-tensors":
         _refuse_unknown_parts(config)
-        groups = [_group(group, config) for group in config.get("config_groups", {}).values()]
+        groups = _groups(config)
         return Reader(ends=(*CT_ENDS, "weight"), scheme_of=lambda *names: _match(groups, *names), decode=_decode_ct)
     if method == "gptq":
         form = gptq.METHOD.of(config)
@@ -114,6 +114,13 @@ def _match(groups: list[_Group], linear: str, classes: tuple[str, ...]) -> Quant
     return None
 
 
+def _groups(config: Mapping[str, Any]) -> list[_Group]:
+    groups = config.get("config_groups", {})
+    if not isinstance(groups, Mapping):
+        raise ModelError(f"config_groups in config.json must be a table, not {groups!r}")
+    return [_group(group, config) for group in groups.values()]
+
+
 def _group(group: Mapping[str, Any], config: Mapping[str, Any]) -> _Group:
     """Return what an entry of `config_groups` says.
 
@@ -133,6 +140,8 @@ def _group(group: Mapping[str, Any], config: Mapping[str, Any]) -> _Group:
         scheme = QuantScheme(
             bits=weights["num_bits"], group_size=size, symmetric=weights["symmetric"], **_activations(inputs, config)
         )
+        if odd := [target for target in group["targets"] if not isinstance(target, str)]:
+            raise ModelError(f"the target {odd[0]!r} of config_groups in config.json is no name")
         return _Group(targets=tuple(group["targets"]), scheme=scheme)
     except (KeyError, TypeError, AttributeError, UsageError) as error:
         raise ModelError(f"the config_groups in config.json describe no packed weights: {error}") from error

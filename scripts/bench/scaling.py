@@ -205,9 +205,7 @@ class Machine:
     memory: float = 0.8 * 3.35e12  # its HBM3 (data sheet), 80 % of it reached
     device_bytes: float = 80e9
     launch: float = 5e-6  # seconds of the smallest operation, started from Python
-    inside: float = (
-        0.7 * 450e9
-    )  # NVLink between the 8 GPUs of a machine, one direction (data sheet), 70 % of it reached
+    inside: float = 0.7 * 450e9  # NVLink of the 8 GPUs of a machine, one direction (data sheet), 70 % of it reached
     outside: float = 0.7 * 50e9  # one 400 Gbit/s InfiniBand port for each GPU (DGX H100), 70 % of it reached
     disk: float = 5e9  # reading from NVMe, for a machine
     writing: float = 2e9  # writing to it
@@ -272,9 +270,8 @@ def seconds(skeleton: Skeleton, work: Workload, gpus: int, packed: float) -> flo
     sweep = 8 / MACHINE.memory  # a float32 number is read and written
     computing = costs.duration(work, costs.Speed(rate=MACHINE.matrix, sweep=sweep, call=MACHINE.launch))
     sending = traffic(skeleton, work, gpus) / (MACHINE.inside if gpus <= MACHINE.gpus else MACHINE.outside)
-    files = (
-        2 * skeleton_bytes(work) / MACHINE.disk + packed / MACHINE.writing
-    )  # read to be verified, and block by block
+    reading = 2 * skeleton_bytes(work) / MACHINE.disk  # to be verified, and block by block
+    files = reading + packed / MACHINE.writing
     return computing + sending + files
 
 

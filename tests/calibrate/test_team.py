@@ -77,7 +77,6 @@ def test_exchanges(found):
         assert each["given"]["a"].tolist() == [0.0, 1.0, 2.0]
         assert each["given"]["b"].dtype == torch.int8
         assert each["said"] == {"rank": size - 1}
-        assert each["gathered"] == list(range(size))
         assert [part["by"].tolist() for part in each["divided"]] == [[i, i % size] for i in range(5)]
         assert each["totals"] == [pytest.approx(0.1 * size, rel=1e-15), 2.0 * size]
         assert each["refused"] == "the processes have different numbers; start all of them with the same command"
@@ -248,11 +247,8 @@ def test_a_process_that_dies_ends_the_others_with_one_line(count, victim, tmp_pa
     ended = launch.launch(count, "-c", DIES.format(victim=victim), *options)
     codes = [code for code, _, _ in ended]
     assert codes == [-9 if rank == victim else TeamError.exit_code for rank in range(count)]
-    lines = [text for _, _, text in ended if text]
-    assert all(text.startswith("error: ") and "ended" in text and text.count("\n") == 1 for text in lines)
-    if count == 2:  # of more, one may notice only when the first process leaves, and then speaks of that one
-        assert lines == [f"error: process {victim} of {count}, counted from 0, ended; start the same command again\n"]
-    assert 1 <= len(lines) < count - 1 or count == 2
+    (line,) = [text for _, _, text in ended if text]
+    assert line == f"error: process {victim} of {count}, counted from 0, ended; start the same command again\n"
     assert not output.exists()
 
 

@@ -228,6 +228,8 @@ def test_recorded_logits_that_do_not_fit(output):
     assert_told(output.faults(), "the recorded tokens cannot be run")
     output.edit("check.json", lambda document: document["tokens"].pop())
     assert_told(output.faults(), "check.json is damaged", "do not belong together")
+    output.edit("check.json", lambda document: document["tokens"][0].__setitem__(0, 2**64))
+    assert_told(output.faults(), "check.json is damaged")
 
 
 def test_another_scheme(output):

@@ -141,3 +141,10 @@ def test_several_schemes_are_one_group_each_in_the_eyes_of_compressed_tensors():
     assert schemes_of(config) == schemes
     groups = QuantizationConfig.model_validate(config).config_groups.values()
     assert [(group.targets, group.weights.num_bits) for group in groups] == [(["m.0.a", "m.1.a"], 3), (["m.0.b"], 4)]
+
+
+def test_symmetry_is_a_matter_of_yes_or_no():
+    config = CompressedTensors().config({"model.layers.0.a": QuantScheme(bits=4)}, ("Linear",), ())
+    config["config_groups"]["group_0"]["weights"]["symmetric"] = [True]
+    with pytest.raises(TypeError, match=r"symmetric is \[True\], neither true nor false"):
+        schemes_of(config)

@@ -113,6 +113,10 @@ def test_renames_replace_the_start_of_a_name(read):
             "is no list of names",
         ),
         ('model_types = ["one"]\nblocks = "layers"\n[[groups]]\nname = "a"', "linears"),
+        (
+            'model_types = ["one"]\nblocks = "layers"\n[[groups]]\nname = "a"\nlinears = []',
+            "the group 'a' has no linears",
+        ),
         ('model_types = ["one"]\nblocks = "layers"\n[[groups]]\nbefore = "a"', "unknown key 'before'"),
     ],
 )

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from quantkit.errors import ModelError
 from quantkit.model import integrity
-from quantkit.model.checkpoint import INDEX, SINGLE, Checkpoint, fingerprint, side_files
+from quantkit.model.checkpoint import INDEX, SINGLE, Checkpoint, fingerprint, read_header, side_files
 from quantkit.resources import data_dir
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -299,3 +299,9 @@ def test_a_shard_may_be_a_link_to_anywhere(model, tmp_path):
     (model / SINGLE).symlink_to(tmp_path / "elsewhere.safetensors")
     assert list(Checkpoint(model).verify()) == [SINGLE]
     assert SINGLE not in names(model)
+
+
+def test_a_pipe_in_the_place_of_a_shard_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="is no regular file"):
+        read_header(tmp_path / "model.safetensors")

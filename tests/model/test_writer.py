@@ -330,3 +330,12 @@ def test_modes_are_those_of_ordinary_files(tmp_path, output):
         os.umask(mask)
     assert stat.S_IMODE(output.stat().st_mode) == 0o755
     assert {stat.S_IMODE(path.stat().st_mode) for path in output.iterdir()} == {0o644}
+
+
+def test_a_side_file_that_is_larger_than_the_disk_is_refused_before_it_is_copied(tmp_path, output):
+    huge = tmp_path / "tokenizer.json"
+    huge.touch()
+    os.truncate(huge, 2**40)  # a hole, which takes no room itself
+    with pytest.raises(OutputError, match=r"needs 1099\.51 GB but"), Writer(output) as writer:
+        writer.copy(huge)
+    assert not output.exists()

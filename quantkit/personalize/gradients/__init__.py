@@ -1,0 +1,1 @@
+"""How the gradient of the tensors that may change is had, one file each."""

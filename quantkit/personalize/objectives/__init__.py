@@ -1,0 +1,1 @@
+"""What is minimised, one file each: always one loss per example."""

@@ -1,0 +1,1 @@
+"""What of a packed model may change, one file each."""
