@@ -9,7 +9,7 @@ Time counts matrix products, elementwise operations and calls. An update of a wi
 batch, and one of the whole model is four, since every block is computed twice; besides, its logits are made once for
 the original and made and differentiated for the quantized model.
 
-The factors below were measured with `scripts/bench/memory.py` and with the presets on a small model; report.json puts
+The factors below were measured with `scripts/bench/bounded_memory.py` and with the presets on a small model; report.json puts
 every prediction beside what happened.
 """
 
@@ -28,7 +28,6 @@ from quantkit.workload import Workload
 
 LIBRARIES = 75e6  # what torch, tokenizers and safetensors allocate when they are first used
 COPIES_BLOCK = 3.4  # of a block in float32: itself, what it is read from, its rounded weights, codes and temporaries
-COPIES_MOVED = 1.0  # the weights as they were before second moments moved them, or as these moved them
 COPIES_TRAINED = 1.0  # what fake-quantized weights and their gradients take more during an update
 COPIES_ACTIVATIONS = 1.7  # of inputs and outputs of the linears: these, and what is between them
 COPIES_DISTILLED = 4.0  # float32 weights of one block that are made of codes, what is saved of that, and gradients
@@ -227,8 +226,7 @@ def _blocks(work: Workload) -> float:
 def _window(work: Workload) -> float:
     """Everything that a window of blocks takes while passes are applied to it."""
     learns = work.updates > 0
-    copies = COPIES_BLOCK + COPIES_TRAINED * learns + COPIES_MOVED * (work.hessian > 0)
-    weights = 4 * work.block_parameters * copies
+    weights = 4 * work.block_parameters * (COPIES_BLOCK + COPIES_TRAINED * learns)
     trained = BYTES_TRAINED * work.trained * learns
     # without an update one block after the other is computed, and half is kept of each
     activations = _activations(work) * (work.window if learns else 0.5)
