@@ -9,8 +9,8 @@ Time counts matrix products, elementwise operations and calls. An update of a wi
 batch, and one of the whole model is four, since every block is computed twice; besides, its logits are made once for
 the original and made and differentiated for the quantized model.
 
-The factors below were measured with `scripts/bench/bounded_memory.py` and with the presets on a small model; report.json puts
-every prediction beside what happened.
+The factors below were measured with `scripts/bench/bounded_memory.py` and with the presets on a small model;
+report.json puts every prediction beside what happened.
 """
 
 import math
