@@ -104,3 +104,27 @@ def test_globs_choose(checkpoint):
     assert list(Bias(include=(first,)).attach(model)) == [f"{first}.bias"]
     with pytest.raises(UsageError, match="no packed linear matches 'nothing'"):
         Bias(include=("nothing",)).attach(quantkit.load(directory, device="cpu"))
+
+
+def test_no_input_of_a_linear_is_kept_for_biases(tmp_path):
+    model = quantkit.load(packed("llama", tmp_path), device="cpu")
+    Bias().attach(model)
+    inputs, kept = {}, set()
+
+    def note(module, args):
+        inputs[module] = args[0]  # which is held, so that no other tensor takes its place in memory
+
+    names = ("q_proj", "gate_proj", "down_proj")  # attention itself keeps what it returns, the input of o_proj
+    linears = [module for name, module in model.named_modules() if name.endswith(names)]
+    for linear in linears:
+        linear.register_forward_pre_hook(note)
+
+    def pack(tensor):
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = LanguageModel()(model, batch())
+    assert len(kept) > len(linears)
+    assert not kept & {tensor.untyped_storage().data_ptr() for tensor in inputs.values()}
+    losses.sum().backward()
