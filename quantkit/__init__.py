@@ -26,7 +26,9 @@ if TYPE_CHECKING:
         prune,
         quantize,
     )
+    from quantkit.merging import Merged, merge
     from quantkit.modules import apply_masks, prune_module
+    from quantkit.personalization import Personalized, replay
     from quantkit.train.masked import Masks
 
 # none of these may be the name of a submodule too, which would take its place when it is imported
@@ -35,6 +37,8 @@ __all__ = [
     "Comparison",
     "Exported",
     "Masks",
+    "Merged",
+    "Personalized",
     "Pruned",
     "Quantized",
     "apply_masks",
@@ -46,12 +50,22 @@ __all__ = [
     "generate",
     "load",
     "make_recipe",
+    "merge",
     "plan",
     "prune",
     "prune_module",
     "quantize",
+    "replay",
 ]
-_ELSEWHERE = {"Masks": "quantkit.train.masked", "apply_masks": "quantkit.modules", "prune_module": "quantkit.modules"}
+_ELSEWHERE = {
+    "Masks": "quantkit.train.masked",
+    "Merged": "quantkit.merging",
+    "Personalized": "quantkit.personalization",
+    "apply_masks": "quantkit.modules",
+    "merge": "quantkit.merging",
+    "prune_module": "quantkit.modules",
+    "replay": "quantkit.personalization",
+}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
