@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from packed import exact, random_weight, scheme
+from packed import exact, layout_of, random_weight, scheme
 from torch import nn
 
 from quantkit.runtime.kernels import native, reference
@@ -95,3 +95,15 @@ def test_no_input_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         module(torch.randn(9, 64, requires_grad=True))
     assert not kept
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=["native", "reference"])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("rows", [1, 40, 1000])
+def test_dense_rows_are_the_weight_to_the_bit(kernel, bits, rows, monkeypatch):
+    monkeypatch.setattr(native, "DENSE_BYTES", 2**16)
+    monkeypatch.setattr(reference, "ELEMENTS", 2**12)
+    weight = random_weight(rows, 64, scheme(bits, 32))
+    parts = [part.clone() for part in kernel.dense_rows(kernel.pack(weight), layout_of(weight))]
+    assert len(parts) > 1 or rows < 1000
+    assert torch.equal(torch.cat(parts).double(), exact(weight).float().double())
