@@ -25,8 +25,6 @@ from typing import Any
 
 import torch
 from common import machine, markdown
-from quantkit.personalize.gradients.backprop import Backprop
-from quantkit.personalize.parameters.bias import Bias
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
@@ -35,8 +33,10 @@ import quantkit
 from quantkit.calibrate.data import load_tokenizer
 from quantkit.host import peak_memory
 from quantkit.model import names
+from quantkit.personalize.gradients.backprop import Backprop
 from quantkit.personalize.gradients.mezo import Mezo
 from quantkit.personalize.gradients.subspace_zo import SubspaceZo
+from quantkit.personalize.parameters.bias import Bias
 from quantkit.personalize.protocols import Batch, Estimator, Losses, Parameters
 from quantkit.personalize.updates import Updates
 
