@@ -121,6 +121,7 @@ def load(
     dtype: torch.dtype | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
+    bounds: bool = True,
 ) -> Model:
     """Return a packed checkpoint as a transformers model whose linears compute from the packed codes.
 
@@ -136,13 +137,14 @@ def load(
         dtype: of activations and of what is not packed; None: float32 on a CPU, as stored on a GPU.
         device_map: `auto`, or module names and their devices, as accelerate has it; instead of `device`.
         revision: revision on the Hub.
+        bounds: bound activations where `quantkit protect` left bounds beside the checkpoint.
 
     Raises:
-        ModelError: not packed, in a way that cannot be run packed, incomplete or damaged.
+        ModelError: not packed, in a way that cannot be run packed, incomplete or damaged; bounds of another checkpoint.
         UsageError: a device or a map that cannot be used.
     """
     source = names.resolve(str(model), revision=revision)
-    return packed_model.load(source.path, device=device, dtype=dtype, device_map=device_map)
+    return packed_model.load(source.path, device=device, dtype=dtype, device_map=device_map, bounds=bounds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,8 @@ from quantkit.model.activations import quantize_activations
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.device import pick_device
 from quantkit.model.skeleton import LINEARS, Skeleton, read_config, read_generation_config
+from quantkit.resilience import side_file
+from quantkit.resilience.places import attach
 from quantkit.runtime.fused import fuse
 from quantkit.runtime.kernel import Kernel
 from quantkit.runtime.linear import PackedLinear, narrow_modules
@@ -36,8 +38,9 @@ def load(
     dtype: torch.dtype | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     kernel: Kernel | None = None,
+    bounds: bool = True,
 ) -> PreTrainedModel:
-    """Return the model in `directory`, its weights packed; see `quantkit.load`.
+    """Return the model in `directory`, its weights packed, its activations bounded; see `quantkit.load`.
 
     Raises:
         ModelError: no packed checkpoint, one that cannot be run packed, incomplete or damaged.
@@ -51,6 +54,7 @@ def load(
     if not isinstance(quantization, dict):
         raise ModelError(f"{directory} is not quantized; load it with transformers, or with --runtime dense")
     how, checkpoint = reader(quantization), Checkpoint(directory)
+    own_bounds = side_file.read(directory, checkpoint) if bounds else None
     skeleton = Skeleton(directory, packed=True)
     schemes = _put_packed_linears(skeleton, checkpoint, how, place, kernel)
     _fill(skeleton, checkpoint, place, dtype)
@@ -65,6 +69,8 @@ def load(
         _dispatch(model, device_map)
     if not _quantize_activations(model, schemes, heads=OWN in quantization):
         fuse(list(skeleton.blocks))
+    if own_bounds is not None:
+        attach(model, own_bounds)
     model.eval().requires_grad_(False)
     release_freed()  # packing leaves several times the weights behind
     return model
