@@ -62,7 +62,8 @@ def _masks(data_bits: int) -> tuple[int, ...]:
     covered = enumerate(places(data_bits))
     rows = [(bit, place) for bit, place in covered]
     return tuple(
-        _signed(sum(1 << bit for bit, place in rows if place >> check & 1)) for check in range(check_bits(data_bits) - 1)
+        _signed(sum(1 << bit for bit, place in rows if place >> check & 1))
+        for check in range(check_bits(data_bits) - 1)
     )
 
 

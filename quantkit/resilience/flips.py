@@ -126,10 +126,7 @@ def draw_exactly(total: int, count: int, random: torch.Generator) -> Tensor:
 
 def strike(bits: Bits, numbers: Tensor, fault: Fault) -> Damage:
     """Let `fault` happen to the numbered bits, in place; return what changed."""
-    if fault.kind == "burst":
-        numbers = (numbers[:, None] + torch.arange(fault.length)).flatten().unique()
-        numbers = numbers[numbers < bits.total]
-    element, bit = bits.locate(numbers)
+    element, bit = bits.locate(_spread(numbers, fault, bits.total))
     elements, which = element.unique(return_inverse=True)
     masks = torch.zeros(len(elements), dtype=torch.int64).index_add_(0, which, torch.ones_like(bit) << bit)
     integers = _INTEGERS[bits.tensor.element_size()]
@@ -142,6 +139,33 @@ def strike(bits: Bits, numbers: Tensor, fault: Fault) -> Damage:
     damage = Damage(elements=elements[masks != 0], masks=masks[masks != 0])
     damage.apply(bits.tensor)
     return damage
+
+
+def pass_faults(values: Tensor, rate: float, fault: Fault, dtype: torch.dtype, random: torch.Generator) -> Tensor:
+    """Return `values` as they come out of a memory of 16-bit `dtype` of which `fault` hits each bit with `rate`.
+
+    What is not hit is not rounded either.
+    """
+    total = 16 * values.numel()
+    numbers = _spread(draw(total, rate, random), fault, total)
+    if not len(numbers):
+        return values
+    elements, which = (numbers // 16).unique(return_inverse=True)
+    result = values.clone(memory_format=torch.contiguous_format)
+    flat = result.view(-1)
+    hit = flat[elements.to(values.device)].to(dtype).cpu()
+    once = fault if fault.kind != "burst" else Fault()  # already spread
+    strike(Bits(tensor=hit, width=16), 16 * which + numbers % 16, once)
+    flat[elements.to(values.device)] = hit.to(flat)
+    return result
+
+
+def _spread(numbers: Tensor, fault: Fault, total: int) -> Tensor:
+    """Return the bits that are hit where faults begin at `numbers`."""
+    if fault.kind != "burst":
+        return numbers
+    spread = (numbers[:, None] + torch.arange(fault.length)).flatten().unique()
+    return spread[spread < total]
 
 
 def _narrow(masks: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Protection of scales: a flipped bit of a code moves one weight by a step or eight, that of a scale a whole group by 65,536.
+"""Protection of scales: a flipped bit of a code moves one weight by some steps, that of a scale a group by up to 65,536.
 
 What is kept beside the scales, per scale of 16 bits, and what it does to those that changed:
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from quantkit.core import secded
 from quantkit.errors import UsageError, nearest
 from quantkit.resilience.flips import Bits
-from quantkit.resilience.voting import COPIES, vote
+from quantkit.resilience.side_file import COPIES, vote
 
 ScaleKind = Literal["clamp", "parity", "secded64", "secded", "copy"]
 SCALE_KINDS: tuple[str, ...] = get_args(ScaleKind)
@@ -55,7 +55,9 @@ def protect_scales(scale: Tensor, kind: str) -> dict[str, Tensor]:
     if kind not in SCALE_KINDS:
         raise UsageError(f"unknown protection of scales {kind!r}{nearest(kind, SCALE_KINDS)}")
     if scale.element_size() != 2:
-        raise UsageError(f"scales of {str(scale.dtype).removeprefix('torch.')} cannot be protected, those of 16 bits can")
+        raise UsageError(
+            f"scales of {str(scale.dtype).removeprefix('torch.')} cannot be protected, those of 16 bits can"
+        )
     if bool(_implausible(scale).any()):
         raise UsageError("scales that are not positive and finite cannot be protected; the checkpoint is damaged")
     return _PROTECT[kind](scale.contiguous())
@@ -73,8 +75,8 @@ def repair_scales(scale: Tensor, guard: Mapping[str, Tensor], kind: str) -> Repa
     return Repaired(scale=result, corrected=corrected, replaced=int(bad.sum()))
 
 
-def guard_bits(name: str, guard: Tensor, kind: str, scales: int) -> Bits:
-    """Return the bits of the part `name` of the guard of so many scales; the last byte may have unused ones."""
+def guard_bits(guard: Tensor, kind: str, scales: int) -> Bits:
+    """Return the bits of one part of the guard of so many scales; the last byte may have unused ones."""
     if kind in ("parity", "secded"):
         return Bits(tensor=guard.view(1, -1), width=1, valid=scales * (1 if kind == "parity" else 6))
     return Bits(tensor=guard, width=8 * guard.element_size())
