@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         prune,
         quantize,
     )
+    from quantkit.campaign import faults
     from quantkit.modules import apply_masks, prune_module
     from quantkit.train.masked import Masks
 
@@ -43,6 +44,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "faults",
     "generate",
     "load",
     "make_recipe",
@@ -51,7 +53,12 @@ __all__ = [
     "prune_module",
     "quantize",
 ]
-_ELSEWHERE = {"Masks": "quantkit.train.masked", "apply_masks": "quantkit.modules", "prune_module": "quantkit.modules"}
+_ELSEWHERE = {
+    "Masks": "quantkit.train.masked",
+    "apply_masks": "quantkit.modules",
+    "faults": "quantkit.campaign",
+    "prune_module": "quantkit.modules",
+}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

@@ -21,7 +21,7 @@ from quantkit.evaluation.loading import Model, Tokenizer, context_length
 from quantkit.evaluation.perplexity import perplexity
 from quantkit.resilience.flips import Fault, draw, draw_exactly, generator, refuse_rate
 from quantkit.resilience.passing import PASSING
-from quantkit.runtime.stored import STORED, StoredModel, open_stored
+from quantkit.runtime.stored import STORED, open_stored
 
 Sweep = Literal["rates", "bits", "tensors"]
 SWEEPS: tuple[str, ...] = get_args(Sweep)
@@ -74,7 +74,11 @@ class Campaign:
             raise UsageError("give at least one target and one rate")
         for rate in self.rates:
             refuse_rate(rate)
-        for name, value, least in (("trials", self.trials, 1), ("windows", self.windows, 1), ("seqlen", self.seqlen, 2)):
+        for name, value, least in (
+            ("trials", self.trials, 1),
+            ("windows", self.windows, 1),
+            ("seqlen", self.seqlen, 2),
+        ):
             if value < least:
                 raise UsageError(f"{name} must be at least {least}, not {value}")
         self._refuse_metric()

@@ -24,7 +24,8 @@ LEVELS = [
     {"recipe"},
     {"workload"},
     {"costs", "allocation", "conversion", "provenance", "sparsities"},
-    {"limits", "sizes"},
+    {"limits", "sizes", "fault_report", "trials"},
+    {"campaign"},
     {"planning"},
     {"shares"},
     {"preparation", "output"},
@@ -34,7 +35,7 @@ LEVELS = [
     {"api", "catalogue", "display"},
     {"failures", "flags", "interrupts", "scoreboard"},
     {"running"},
-    {"judging", "pruning_command"},
+    {"faults_command", "judging", "pruning_command"},
     {"cli"},
     {"__init__", "__main__"},
 ]

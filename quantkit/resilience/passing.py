@@ -54,9 +54,9 @@ class Passing:
             if "kv" in targets:
                 names = {id(module): name for name, module in self.model.named_modules()}
 
-                def change(asking: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+                def change(asking: nn.Module, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
                     name = names[id(asking)]
-                    return query, hit(f"{name}.key", key), hit(f"{name}.value", value)
+                    return query, hit(f"{name}.key", keys), hit(f"{name}.value", values)
 
                 stack.enter_context(changed_heads(attentions(self.model), change))
             yield

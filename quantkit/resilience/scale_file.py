@@ -143,6 +143,4 @@ class Guarded(Checkpoint):
 
     def _of_another(self, name: str) -> ModelError:
         path = path_of(self.directory)
-        return ModelError(
-            f"{path} does not fit {name}: it protects another checkpoint; make it again, or remove it"
-        )
+        return ModelError(f"{path} does not fit {name}: it protects another checkpoint; make it again, or remove it")

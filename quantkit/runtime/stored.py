@@ -183,9 +183,7 @@ def open_stored(directory: Path, *, device: str | None = None) -> StoredModel:
     """
     config = getattr(read_config(directory), "quantization_config", None)
     if not isinstance(config, dict) or config.get("quant_method") != "compressed-tensors":
-        raise UsageError(
-            f"{directory} is not packed by compressed-tensors; give what quantkit quantize wrote"
-        )
+        raise UsageError(f"{directory} is not packed by compressed-tensors; give what quantkit quantize wrote")
     model = packed_model.load(directory, device=device)
     linears = {name: part for name, part in model.named_modules() if isinstance(part, PackedLinear)}
     dtype = next(iter(linears.values())).packed["scale"].dtype
