@@ -27,6 +27,9 @@ if TYPE_CHECKING:
         quantize,
     )
     from quantkit.modules import apply_masks, prune_module
+    from quantkit.protection import Protected, protect
+    from quantkit.resilience.choice import Resilience
+    from quantkit.resilience.modules import bound_module
     from quantkit.train.masked import Masks
 
 # none of these may be the name of a submodule too, which would take its place when it is imported
@@ -35,9 +38,12 @@ __all__ = [
     "Comparison",
     "Exported",
     "Masks",
+    "Protected",
     "Pruned",
     "Quantized",
+    "Resilience",
     "apply_masks",
+    "bound_module",
     "check",
     "compare",
     "evaluate",
@@ -47,11 +53,20 @@ __all__ = [
     "load",
     "make_recipe",
     "plan",
+    "protect",
     "prune",
     "prune_module",
     "quantize",
 ]
-_ELSEWHERE = {"Masks": "quantkit.train.masked", "apply_masks": "quantkit.modules", "prune_module": "quantkit.modules"}
+_ELSEWHERE = {
+    "Masks": "quantkit.train.masked",
+    "Protected": "quantkit.protection",
+    "Resilience": "quantkit.resilience.choice",
+    "apply_masks": "quantkit.modules",
+    "bound_module": "quantkit.resilience.modules",
+    "protect": "quantkit.protection",
+    "prune_module": "quantkit.modules",
+}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

@@ -23,7 +23,7 @@ LEVELS = [
     {"methods", "modules", "presets", "fields"},
     {"recipe"},
     {"workload"},
-    {"costs", "allocation", "conversion", "provenance", "sparsities"},
+    {"costs", "allocation", "conversion", "protection", "provenance", "sparsities"},
     {"limits", "sizes"},
     {"planning"},
     {"shares"},
@@ -34,7 +34,7 @@ LEVELS = [
     {"api", "catalogue", "display"},
     {"failures", "flags", "interrupts", "scoreboard"},
     {"running"},
-    {"judging", "pruning_command"},
+    {"judging", "protect_command", "pruning_command"},
     {"cli"},
     {"__init__", "__main__"},
 ]
