@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     )
     from quantkit.campaign import faults
     from quantkit.modules import apply_masks, prune_module
+    from quantkit.protection import Protected, protect
+    from quantkit.resilience.choice import Resilience
+    from quantkit.resilience.modules import bound_module
     from quantkit.train.masked import Masks
 
 # none of these may be the name of a submodule too, which would take its place when it is imported
@@ -36,9 +39,12 @@ __all__ = [
     "Comparison",
     "Exported",
     "Masks",
+    "Protected",
     "Pruned",
     "Quantized",
+    "Resilience",
     "apply_masks",
+    "bound_module",
     "check",
     "compare",
     "evaluate",
@@ -49,14 +55,19 @@ __all__ = [
     "load",
     "make_recipe",
     "plan",
+    "protect",
     "prune",
     "prune_module",
     "quantize",
 ]
 _ELSEWHERE = {
     "Masks": "quantkit.train.masked",
+    "Protected": "quantkit.protection",
+    "Resilience": "quantkit.resilience.choice",
     "apply_masks": "quantkit.modules",
+    "bound_module": "quantkit.resilience.modules",
     "faults": "quantkit.campaign",
+    "protect": "quantkit.protection",
     "prune_module": "quantkit.modules",
 }
 

@@ -7,7 +7,7 @@ it, in any order. The same number has the same bits hit whatever protects the mo
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -51,7 +51,7 @@ class Campaign:
     targets: tuple[str, ...] = ("codes", "scales")
     rates: tuple[float, ...] = (1e-7, 1e-6, 1e-5, 1e-4)
     sweep: str = "rates"
-    fault: Fault = Fault()
+    fault: Fault = field(default_factory=Fault)
     trials: int = 100
     metric: str = "perplexity"
     text: str = "embedded-test"

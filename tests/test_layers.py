@@ -23,7 +23,7 @@ LEVELS = [
     {"methods", "modules", "presets", "fields"},
     {"recipe"},
     {"workload"},
-    {"costs", "allocation", "conversion", "provenance", "sparsities"},
+    {"costs", "allocation", "conversion", "protection", "provenance", "sparsities"},
     {"limits", "sizes", "fault_report", "trials"},
     {"campaign"},
     {"planning"},
@@ -35,7 +35,7 @@ LEVELS = [
     {"api", "catalogue", "display"},
     {"failures", "flags", "interrupts", "scoreboard"},
     {"running"},
-    {"faults_command", "judging", "pruning_command"},
+    {"faults_command", "judging", "protect_command", "pruning_command"},
     {"cli"},
     {"__init__", "__main__"},
 ]

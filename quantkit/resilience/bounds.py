@@ -11,7 +11,8 @@ NaN and infinities become 0 in each of them: the papers' own forms let them pass
 An activation that is bounded below by itself (ReLU, SiLU, GELU) needs the upper bound alone: there |x| is x.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -77,7 +78,10 @@ class Bound(nn.Module):
         """Return x (…, neurons), bounded."""
         if not self.active:
             return x
-        return _APPLIED[self.form](x, self.threshold.to(x), two_sided=self.two_sided)
+        threshold = self.threshold.to(x)
+        # activations differ by orders of magnitude between layers: the slope is a share of the threshold
+        slope = {"sharpness": SHARPNESS / threshold} if self.form == "smooth" else {}
+        return _APPLIED[self.form](x, threshold, two_sided=self.two_sided, **slope)
 
     def extra_repr(self) -> str:
         """Say how it binds, and where."""
@@ -129,6 +133,19 @@ class BoundedGELU(Bounded):
     def __init__(self, threshold: Tensor | float, form: Form = "clamp") -> None:
         """Bound at `threshold`, () or of the shape of one sample's activations."""
         super().__init__(nn.GELU(), Bound(torch.as_tensor(threshold), form, two_sided=False))
+
+
+@contextmanager
+def unbounded(bounds: Sequence[Bound]) -> Iterator[None]:
+    """Let everything pass inside the context."""
+    before = [bound.active for bound in bounds]
+    try:
+        for bound in bounds:
+            bound.active = False
+        yield
+    finally:
+        for bound, active in zip(bounds, before, strict=True):
+            bound.active = active
 
 
 def _worst(threshold: Tensor) -> float:

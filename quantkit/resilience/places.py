@@ -5,12 +5,10 @@ linear after attention (`output`), and what the block gives. The first two stop 
 and their scales became; the third stops what these two linears themselves became, before the next norm spreads it.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +16,10 @@ from torch import Tensor, nn
 from quantkit.errors import ModelError
 from quantkit.model import architecture
 from quantkit.resilience.bounds import Bound, Form
+from quantkit.resilience.choice import Kind
 
 GROUPS = ("output", "down")  # of an architecture file, each of one linear
 CHILD = "bound"  # the name of the module inside the linear or the block
-Kind = Literal["layer", "neuron", "hybrid", "ranger"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,29 +119,9 @@ def attached(model: nn.Module) -> dict[str, Bound]:
     return {n.removesuffix(end): m for n, m in model.named_modules() if isinstance(m, Bound) and n.endswith(end)}
 
 
-@contextmanager
-def unbounded(bounds: Sequence[Bound]) -> Iterator[None]:
-    """Let everything pass inside the context."""
-    before = [bound.active for bound in bounds]
-    try:
-        for bound in bounds:
-            bound.active = False
-        yield
-    finally:
-        for bound, active in zip(bounds, before, strict=True):
-            bound.active = active
-
-
 def holds(hook: Any, bound: Bound) -> bool:  # noqa: ANN401  whatever was registered
     """Return whether a hook is the one of `bound`."""
     return isinstance(hook, partial) and hook.args == (bound,)
-
-
-def block_of(name: str) -> int:
-    """Return the number of the block of a place's name."""
-    found = re.search(r"\.(\d+)(\.|$)", name)
-    assert found is not None, f"{name} is in no block"
-    return int(found[1])
 
 
 def _put(model: nn.Module, place: Place, bounds: Bounds) -> Bound:

@@ -77,6 +77,9 @@ class _Linear:
     scheme: QuantScheme
     tensors: dict[str, Tensor]
 
+    def places(self) -> Iterable[Tensor]:
+        return self.module.packed.values()
+
     def install(self, repaired: Mapping[str, Tensor]) -> None:
         name = f"{self.stored}.weight_scale"
         scale = repaired.get(name, self.tensors["weight_scale"])
@@ -92,6 +95,9 @@ class _Dense:
     place: Tensor
     stored: Tensor
 
+    def places(self) -> Iterable[Tensor]:
+        return (self.place,)
+
     def install(self, _: Mapping[str, Tensor]) -> None:
         self.place.copy_(self.stored)
 
@@ -102,6 +108,9 @@ class _Bound:
 
     place: Tensor
     copies: Tensor
+
+    def places(self) -> Iterable[Tensor]:
+        return (self.place,)
 
     def install(self, _: Mapping[str, Tensor]) -> None:
         self.place.copy_(vote(self.copies.view(torch.int32)).view(torch.float32).view_as(self.place))
@@ -118,7 +127,7 @@ class StoredModel:
     _owners: dict[str, _Linear | _Dense | _Bound] = field(default_factory=dict)
     _guards: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     _damage: dict[str, Damage] = field(default_factory=dict)
-    _touched: set[str] = field(default_factory=set)
+    _before: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def targets(self) -> list[str]:
         """Return the targets that there are."""
@@ -131,7 +140,7 @@ class StoredModel:
         before = self._guarded_scales(numbers)
         self._damage = {name: strike(self.parts[name].bits, hit, fault) for name, hit in numbers.items()}
         flips = {name: damage.flips for name, damage in self._damage.items() if len(damage.masks)}
-        touched, repaired, corrected, replaced = {self.parts[name].owner for name in flips}, {}, 0, 0
+        repaired, corrected, replaced = {}, 0, 0
         harmful = {self.parts[name].owner for name in flips if self._scales_of(name) not in before}
         for name, clean in before.items():
             repair = repair_scales(self.parts[name].bits.tensor, self._guards[name], str(self.protection))
@@ -139,17 +148,19 @@ class StoredModel:
             corrected, replaced = corrected + repair.corrected, replaced + repair.replaced
             if not torch.equal(repair.scale.view(torch.int16), clean.view(torch.int16)):
                 harmful.add(self.parts[name].owner)
-        self._touched = touched & harmful
-        self._install(repaired)
-        return Outcome(flips=flips, corrected=corrected, replaced=replaced, harmless=not self._touched)
+        self._before = [(place, place.clone()) for owner in harmful for place in self._owners[owner].places()]
+        for owner in harmful:
+            self._owners[owner].install(repaired)
+        return Outcome(flips=flips, corrected=corrected, replaced=replaced, harmless=not harmful)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put back every bit that `hit` changed."""
         for name, damage in self._damage.items():
             damage.apply(self.parts[name].bits.tensor)
-        self._install({})
-        self._damage, self._touched = {}, set()
+        for place, value in self._before:
+            place.copy_(value)
+        self._damage, self._before = {}, []
 
     def digest(self) -> str:
         """Return a SHA-256 of all that is stored and of all that the model computes from."""
@@ -159,10 +170,6 @@ class StoredModel:
         for tensor in tensors:
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
-
-    def _install(self, repaired: Mapping[str, Tensor]) -> None:
-        for owner in sorted(self._touched):
-            self._owners[owner].install(repaired)
 
     def _scales_of(self, name: str) -> str:
         """Return the scales that the part `name` protects, or itself."""

@@ -12,7 +12,8 @@ from quantkit.evaluation.loading import load_model
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.skeleton import Skeleton
 from quantkit.resilience import side_file
-from quantkit.resilience.places import Bounds, attach, attached, detach, find_places, unbounded, width_of
+from quantkit.resilience.bounds import unbounded
+from quantkit.resilience.places import Bounds, attach, attached, detach, find_places, width_of
 
 TOKENS = torch.arange(3, 40).reshape(1, -1)
 
