@@ -6,7 +6,6 @@ number of trials and the rates are not part of that, so a campaign can be made l
 
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -85,8 +84,8 @@ def faults(  # noqa: PLR0913
         fields: those of `Campaign`.
 
     Raises:
-        QuantkitError: see `quantkit.errors`; the journal is of another campaign; a process ended; bits that did not come
-            back.
+        QuantkitError: see `quantkit.errors`; a journal of another campaign, a process that ended, bits that did not
+            come back.
     """
     directory = names.resolve(str(model)).path
     campaign = Campaign(model=directory, fault=Fault(kind=fault, length=burst), **fields)  # type: ignore[arg-type]
@@ -254,7 +253,7 @@ def _write(file: Path, text: str) -> None:
     partial = file.with_name(f".{file.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
+        partial.replace(file)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OutputError(f"{file} cannot be written: {error.strerror}; give another --output") from error

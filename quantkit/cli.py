@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit import display, judging, protect_command, pruning_command
+from quantkit import display, faults_command, judging, protect_command, pruning_command
 from quantkit.errors import CheckFailure, UsageError, nearest
 from quantkit.failures import OneLine, alone, errors, launched
 from quantkit.flags import (
@@ -273,6 +273,7 @@ def export(
 
 app.command()(pruning_command.prune)
 app.command()(protect_command.protect)
+app.command()(faults_command.faults)
 for command in (judging.evaluate, judging.compare, judging.generate):
     app.command()(command)
 app.command(

@@ -1,9 +1,9 @@
 """Extended Hamming codes: one wrong bit of a word is corrected, two are detected (SECDED).
 
-R. Hamming, "Error Detecting and Error Correcting Codes" (1950), sections 3 and 4. The bits of a code word have the places
-1, 2, 3, …; those at powers of two are checks, each the parity of the places whose number has its bit, and one more check
-is the parity of all. The places that disagree then spell the number of the wrong one. 16 data bits take 6 checks
-(22, 16), 64 take 8 (72, 64), as in memory modules.
+R. Hamming, "Error Detecting and Error Correcting Codes" (1950), sections 3 and 4. The bits of a code word have the
+places 1, 2, 3, …; those at powers of two are checks, each the parity of the places whose number has its bit, and one
+more check is the parity of all. The checks that disagree then spell the number of the wrong place. 16 data bits take 6
+checks (22, 16), 64 take 8 (72, 64), as in memory modules.
 """
 
 from functools import cache

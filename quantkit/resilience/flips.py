@@ -23,7 +23,7 @@ class Fault:
     """What happens to a bit that is hit.
 
     Attributes:
-        kind: `flip`, `stuck0` or `stuck1` (it reads as 0 or 1, whatever is there), `burst` (it and those behind it flip).
+        kind: `flip`; `stuck0` and `stuck1`: it reads as 0 or 1; `burst`: it and those behind it flip.
         length: bits of a burst.
     """
 
@@ -164,7 +164,7 @@ def _spread(numbers: Tensor, fault: Fault, total: int) -> Tensor:
     """Return the bits that are hit where faults begin at `numbers`."""
     if fault.kind != "burst":
         return numbers
-    spread = (numbers[:, None] + torch.arange(fault.length)).flatten().unique()
+    spread: Tensor = (numbers[:, None] + torch.arange(fault.length)).flatten().unique()
     return spread[spread < total]
 
 

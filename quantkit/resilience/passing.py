@@ -40,7 +40,7 @@ class Passing:
 
     @contextmanager
     def faulty(self, targets: tuple[str, ...], rate: float, fault: Fault, *key: object) -> Iterator[None]:
-        """Let faults happen until the end of the context; `key` is what they are drawn from, besides names and calls."""
+        """Let faults happen until the end of the context, drawn from `key`, names and the number of the call."""
         calls: Counter[str] = Counter()
 
         def hit(name: str, values: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def guarded(directory: Path) -> Checkpoint:
 
 
 class Guarded(Checkpoint):
-    """A checkpoint whose scales are repaired whenever they are read, with a warning if there was something to repair."""
+    """A checkpoint whose scales are repaired whenever they are read, with a warning where that changed one."""
 
     def __init__(self, directory: Path, kind: str, guards: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over the guards of `read`.

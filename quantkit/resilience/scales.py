@@ -1,4 +1,4 @@
-"""Protection of scales: a flipped bit of a code moves one weight by some steps, that of a scale a group by up to 65,536.
+"""Protection of scales: a flipped bit of a code moves one weight by steps, one of a scale a group by up to 65,536.
 
 What is kept beside the scales, per scale of 16 bits, and what it does to those that changed:
 
@@ -6,7 +6,7 @@ What is kept beside the scales, per scale of 16 bits, and what it does to those 
     parity     1 bit                        an odd number of flips is seen; the neighbours' mean takes the place
     secded64   2 bits                       of four scales: one flip is put right, two are seen (see `core.secded`)
     secded     6 bits                       of one scale: the same
-    copy       17 bits                      a second copy, and a checksum of each 32 scales says which copy is right
+    copy       16.5 bits                    a second copy, and a checksum of each 32 scales says which copy is right
 
 Scales are positive and finite, so what is not is damaged, whatever the protection says of it. What is only seen is
 replaced by the mean of the two neighbour groups of its row. A duplicate of sign and exponent would take as many bits as
@@ -120,7 +120,7 @@ def _clamp_guard(scale: Tensor) -> dict[str, Tensor]:
 
 
 def _clamp(scale: Tensor, guard: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    low, high = vote(guard["range"].view(torch.int16)).view(scale.dtype)
+    low, high = vote(list(guard["range"].view(torch.int16))).view(scale.dtype)
     bad = scale.isnan()
     return scale.abs().clamp(low, high).where(~bad, low), torch.zeros_like(bad)
 

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,14 +114,14 @@ class _Bound:
         return (self.place,)
 
     def install(self, _: Mapping[str, Tensor]) -> None:
-        self.place.copy_(vote(self.copies.view(torch.int32)).view(torch.float32).view_as(self.place))
+        self.place.copy_(vote(list(self.copies.view(torch.int32))).view(torch.float32).view_as(self.place))
 
 
 @dataclass(kw_only=True)
 class StoredModel:
     """A model, the stored bits that it was made of, and how they are protected; see `open_stored`."""
 
-    model: packed_model.PreTrainedModel
+    model: Any
     passing: Passing
     parts: dict[str, Part] = field(default_factory=dict)
     protection: str | None = None
@@ -168,7 +169,7 @@ class StoredModel:
         tensors = [part.bits.tensor for part in self.parts.values()]
         tensors += [value for _, value in sorted(self.model.state_dict().items())]
         for tensor in tensors:
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def _scales_of(self, name: str) -> str:

@@ -25,6 +25,8 @@ FEWER = 40  # trials of what no claim about protections rests on
 BOUNDS = ("ranger", "layer", "neuron", "hybrid")
 RATES = (1e-7, 1e-6, 1e-5, 1e-4)
 WHAT = {"seqlen": 64, "windows": 2, "bos": True}
+SHORT = {"decays": (10.0, 0.1), "epochs": 2}  # of the training of thresholds
+CALIBRATION = {"samples": 8, "seqlen": 48}
 TARGETS = ("codes", "scales", "zeros", "norms", "embeddings", "kv", "activations")
 
 
@@ -55,7 +57,7 @@ def protected(directory, base, name, bounds, scales):
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(base, partial)
         if bounds:
-            quantkit.protect(partial, resilience=bounds, calibration="self", samples=16, seqlen=64)
+            quantkit.protect(partial, resilience=quantkit.Resilience(kind=bounds, **SHORT), calibration="self", **CALIBRATION)
         if scales:
             scale_file.write(partial, scales)
         partial.rename(copy)
