@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     )
     from quantkit.campaign import faults
     from quantkit.modules import apply_masks, prune_module
-    from quantkit.protection import Protected, protect
+    from quantkit.protection import Protected, protect, protect_scales
     from quantkit.resilience.choice import Resilience
     from quantkit.resilience.modules import bound_module
     from quantkit.train.masked import Masks
@@ -56,6 +56,7 @@ __all__ = [
     "make_recipe",
     "plan",
     "protect",
+    "protect_scales",
     "prune",
     "prune_module",
     "quantize",
@@ -68,6 +69,7 @@ _ELSEWHERE = {
     "bound_module": "quantkit.resilience.modules",
     "faults": "quantkit.campaign",
     "protect": "quantkit.protection",
+    "protect_scales": "quantkit.protection",
     "prune_module": "quantkit.modules",
 }
 

@@ -38,10 +38,12 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Blame:
-    """A tensor, how often it was hit, and the harm that is due to it per flip.
+    """A tensor, how many of its bits changed in all trials, and how much worse trials are in which it was hit.
 
-    A trial's harm, the metric's distance from that without faults on a logarithmic scale (perplexity; at most `WORST`,
-    which NaN counts as) or a linear one, is divided among its flips.
+    `harm` compares trials of one condition, those in which the tensor was hit with the others, by their mean distance
+    from the metric without faults: on a logarithmic scale for perplexity, where NaN counts as `WORST` and nothing more.
+    Of several conditions the mean, weighted by 1 / (1/hit + 1/others). Hit in all trials or in none, a tensor tells
+    nothing; the sweep over tensors does.
     """
 
     tensor: str
@@ -88,7 +90,7 @@ def summarize(
     return FaultReport(
         about=about,
         rows=tuple(_row(label, found, values[label], higher) for label, found in lines.items()),
-        blame=tuple(_blame([line for found in lines.values() for line in found], float(about["baseline"]), higher)),
+        blame=tuple(_blame(list(lines.values()), float(about["baseline"]), higher)),
         values=values,
     )
 
@@ -136,15 +138,20 @@ def median_range(ordered: Sequence[float]) -> tuple[float | None, float | None]:
     return low, high
 
 
-def _blame(lines: Sequence[Mapping[str, Any]], baseline: float, higher: bool) -> list[Blame]:
-    flips: dict[str, int] = {}
-    harms: dict[str, float] = {}
-    for line in lines:
-        total = sum(line["flips"].values())
-        for name, count in line["flips"].items():
-            flips[name] = flips.get(name, 0) + count
-            harms[name] = harms.get(name, 0.0) + harm(float(line["value"]), baseline, higher=higher) * count / total
-    found = [Blame(tensor=name, flips=count, harm=harms[name] / count) for name, count in flips.items()]
+def _blame(conditions: Sequence[Sequence[Mapping[str, Any]]], baseline: float, higher: bool) -> list[Blame]:
+    found = []
+    harms = [[harm(float(line["value"]), baseline, higher=higher) for line in lines] for lines in conditions]
+    for name in {name for lines in conditions for line in lines for name in line["flips"]}:
+        weight, total, flips = 0.0, 0.0, 0
+        for lines, values in zip(conditions, harms, strict=True):
+            flips += sum(line["flips"].get(name, 0) for line in lines)
+            hit = [value for line, value in zip(lines, values, strict=True) if name in line["flips"]]
+            if hit and len(hit) < len(lines):
+                others = (sum(values) - sum(hit)) / (len(lines) - len(hit))
+                precision = 1 / (1 / len(hit) + 1 / (len(lines) - len(hit)))
+                weight, total = weight + precision, total + precision * (sum(hit) / len(hit) - others)
+        if weight:
+            found.append(Blame(tensor=name, flips=flips, harm=total / weight))
     return sorted(found, key=lambda each: (-each.harm, each.tensor))
 
 

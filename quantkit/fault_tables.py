@@ -41,7 +41,7 @@ def reported(report: "FaultReport", *, as_json: bool) -> None:
     wide.print(_rows(report))
     if about["sweep"] != "tensors" and report.blame:
         table = Table(box=None, pad_edge=False, header_style="bold", title="most vulnerable", title_justify="left")
-        for column in ("tensor", "flips", "harm per flip"):
+        for column in ("tensor", "flips", "harm where hit"):
             table.add_column(column, justify="left" if column == "tensor" else "right")
         for each in report.blame[:MOST]:
             table.add_row(escape(each.tensor), f"{each.flips:,}", f"{each.harm:.3g}")

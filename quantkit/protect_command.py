@@ -1,8 +1,9 @@
 """The command `protect`: bounds on the activations of a packed model."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from quantkit import display
 from quantkit.failures import alone, errors
@@ -13,7 +14,7 @@ Kind = Annotated[
     typer.Option(
         "--resilience",
         help="hybrid: a threshold for each place, one for each neuron in the last block; layer: the former alone;"
-        " neuron: the latter everywhere; ranger: the largest value that was seen.",
+        " neuron: the latter everywhere; ranger: the largest value that was seen; none: no bounds, with --scales.",
     ),
 ]
 
@@ -40,6 +41,13 @@ def protect(
     samples: Annotated[int, typer.Option(help="Sequences; one in four decides what is accepted.")] = 16,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in a sequence. (default: 256, or the context)")] = None,
     seed: Seed = None,
+    scales: Annotated[
+        str | None,
+        typer.Option(
+            help="Protect scales besides: secded (6 bits a scale; a flip is put right), secded64 (2 bits), copy (16.5),"
+            " parity (1; a flip is seen), clamp (nearly none). (default: they are not)"
+        ),
+    ] = None,
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace bounds that are there.")] = False,
     as_json: Json = False,
@@ -53,6 +61,9 @@ def protect(
     with errors(as_json), alone():
         from quantkit import protection  # torch takes seconds to import: not for --help
 
+        if resilience == "none" and scales is not None:
+            _show_scales(protection.protect_scales(output, scales, overwrite=overwrite), as_json=as_json)
+            return
         with display.status("protecting", quiet=as_json) as say:
             made = protection.protect(
                 output,
@@ -65,6 +76,7 @@ def protect(
                 samples=samples,
                 seqlen=seqlen,
                 seed=seed or 0,
+                scales=scales,
                 device=device,
                 overwrite=overwrite,
                 progress=say,
@@ -84,5 +96,14 @@ def _show(made: object, *, as_json: bool) -> None:
     table.add_row("bounds", f"{facts['kind']}, {facts['form']}, by {facts['method']}")
     table.add_row("thresholds", f"{facts['bytes'] // 4:,} at {facts['places']} places, {facts['bytes']:,} bytes")
     table.add_row("perplexity", f"{facts['damage']:+.3f} % on held-out text, at most {facts['budget']:g} % allowed")
+    if "scales" in facts:
+        table.add_row("scales", f"{facts['scales']['kind']}, {facts['scales']['bytes']:,} bytes")
     display.out.print(table)
     display.print_notes(display.out, [NOTICE])
+
+
+def _show_scales(made: Any, *, as_json: bool) -> None:  # noqa: ANN401  a Protected, whose module waits for torch
+    if as_json:
+        display.print_json({"output": str(made.output), "file": str(made.file), **made.facts})
+    else:
+        display.out.print(f"{escape(str(made.file))}: {made.facts['kind']}, {made.facts['bytes']:,} bytes")

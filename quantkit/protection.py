@@ -20,7 +20,7 @@ from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.device import pick_device
 from quantkit.model.skeleton import Skeleton, read_config
 from quantkit.model.workspace import clear_disk_errors
-from quantkit.resilience import side_file
+from quantkit.resilience import scale_file, side_file
 from quantkit.resilience.choice import Resilience
 from quantkit.resilience.places import Bounds, find_places
 from quantkit.resilience.transformers import bound_transformer
@@ -57,6 +57,7 @@ def protect(  # noqa: PLR0913
     samples: int = SAMPLES,
     seqlen: int | None = None,
     seed: int = 0,
+    scales: str | None = None,
     device: str | None = None,
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -76,6 +77,7 @@ def protect(  # noqa: PLR0913
         samples: sequences, of which one in four decides what is accepted.
         seqlen: tokens in a sequence; None: 256, or the model's context where that is shorter.
         seed: of what is drawn from the text.
+        scales: what protects the scales besides, see `protect_scales`; None: nothing.
         device: as in `quantize`.
         overwrite: replace bounds that are there.
         progress: told what is being done.
@@ -90,13 +92,38 @@ def protect(  # noqa: PLR0913
     if not isinstance(resilience, Resilience):
         resilience = Resilience.parse(resilience, method=method, form=form, budget=budget, margin=margin)
     _refuse(directory, resilience, overwrite=overwrite)
+    if scales is not None:
+        scale_file.refuse(directory, scales, overwrite=overwrite)
     pick_device(device)
     if samples < 2 or (seqlen is not None and seqlen < 2):
         raise UsageError(f"samples and seqlen must be at least 2, not {samples} and {seqlen}")
     tokens = _tokens(directory, calibration, (samples, seqlen, seed), device, say)
     facts = add_bounds(directory, resilience, tokens, device=device, progress=say)
+    if scales is not None:
+        facts |= {"scales": protect_scales(directory, scales, overwrite=overwrite).facts}
     _note(directory, facts)
     return Protected(output=directory, file=side_file.path_of(directory), facts=facts)
+
+
+def protect_scales(output: str | Path, kind: str = "secded", *, overwrite: bool = False) -> Protected:
+    """Protect the scales of a packed model against flipped bits: write what repairs them to `output`/resilience/.
+
+    >>> quantkit.protect_scales("llama-7b-w4", "secded64")
+
+    Args:
+        output: the directory of a packed checkpoint; its weights are not touched.
+        kind: `secded`, `secded64`, `copy`, `parity` or `clamp`, see `resilience.scales`.
+        overwrite: replace a protection that is there.
+
+    Raises:
+        UsageError: an unknown kind, or scales that cannot be protected.
+        ModelError: a checkpoint that cannot be read.
+        OutputError: there is a protection, or the disk cannot be written; nothing was changed.
+    """
+    directory = Path(output)
+    scale_file.refuse(directory, kind, overwrite=overwrite)
+    file = scale_file.write(directory, kind)
+    return Protected(output=directory, file=file, facts={"kind": kind, "bytes": file.stat().st_size})
 
 
 def refuse_unprotectable(skeleton: Skeleton, choice: Resilience) -> None:

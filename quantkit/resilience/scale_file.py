@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantkit.errors import ModelError, QuantkitWarning, UsageError
+from quantkit.errors import ModelError, OutputError, QuantkitWarning, UsageError, nearest
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.workspace import clear_disk_errors
 from quantkit.model.writer import to_disk
@@ -31,6 +31,23 @@ def path_of(directory: Path) -> Path:
     return directory / DIRECTORY / FILE
 
 
+def refuse(directory: Path, kind: str, *, overwrite: bool) -> None:
+    """Refuse what `write` could not do or should not replace.
+
+    Raises:
+        UsageError: an unknown kind, no scales of compressed-tensors.
+        ModelError: a checkpoint that cannot be read.
+        OutputError: there is a protection.
+    """
+    if kind not in SCALE_KINDS:
+        raise UsageError(f"unknown protection of scales {kind!r}{nearest(kind, SCALE_KINDS)}")
+    if not directory.is_dir():
+        raise ModelError(f"the directory {directory} does not exist; give one that `quantkit quantize` wrote")
+    _names(Checkpoint(directory))
+    if path_of(directory).exists() and not overwrite:
+        raise OutputError(f"the scales of {directory} are protected; replace the protection with --overwrite")
+
+
 def write(directory: Path, kind: str) -> Path:
     """Write what protects the scales of the checkpoint in `directory`, whole or not at all; return the file.
 
@@ -40,11 +57,8 @@ def write(directory: Path, kind: str) -> Path:
         OutputError: the disk is full or cannot be written; a file that was there is then as it was.
     """
     checkpoint = Checkpoint(directory)
-    names = [name for name in checkpoint if name.endswith(END)]
-    if not names:
-        raise UsageError(f"{directory} has no scales of compressed-tensors; give what quantkit quantize wrote")
     parts: dict[str, Tensor] = {}
-    for name, scale in checkpoint.load(names).items():
+    for name, scale in checkpoint.load(_names(checkpoint)).items():
         parts |= {f"{name}.{part}": tensor for part, tensor in protect_scales(scale, kind).items()}
     path = path_of(directory)
     partial, new = path.with_name(f".{FILE}.partial"), not path.parent.exists()
@@ -61,6 +75,15 @@ def write(directory: Path, kind: str) -> Path:
                 path.parent.rmdir()
         raise
     return path
+
+
+def _names(checkpoint: Checkpoint) -> list[str]:
+    names = [name for name in checkpoint if name.endswith(END)]
+    if not names:
+        raise UsageError(
+            f"{checkpoint.directory} has no scales of compressed-tensors; give what quantkit quantize wrote"
+        )
+    return names
 
 
 def read(directory: Path) -> tuple[str, dict[str, dict[str, Tensor]]] | None:

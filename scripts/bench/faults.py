@@ -1,10 +1,10 @@
 """Faults in a packed model: perplexity against the rate of flipped bits, for every protection.
 
     python scripts/bench/faults.py work DIRECTORY      # stories15m in the shared folder; goes on where it was cut off
-    python scripts/bench/faults.py show DIRECTORY      # the tables of docs/resilience.md
+    python scripts/bench/faults.py show DIRECTORY      # the tables and the figure of docs/resilience.md
 
-`work` quantizes the model to 4 bits in groups of 32, lets the original write the stories that are judged, protects copies
-of the output in each way, and runs a campaign on each: at least 100 trials a rate, the same bits hit in all of them.
+`work` quantizes the model to 4 bits in groups of 32, lets the original write the stories that are judged, protects
+copies of the output in each way, and runs a campaign on each: 100 trials a rate, the same bits hit in all of them.
 """
 
 import argparse
@@ -12,88 +12,88 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import quantkit
-from quantkit.resilience import scale_file
+from quantkit.fault_plot import draw, read_results
+from quantkit.resilience import scale_file, side_file
 from quantkit.resilience.scales import SCALE_KINDS
 
 MODEL = Path(os.environ.get("QUANTKIT_SHARED", "shared")) / "models" / "stories15m"
-FEWER = 40  # trials of what no claim about protections rests on
-BOUNDS = ("ranger", "layer", "neuron", "hybrid")
 RATES = (1e-7, 1e-6, 1e-5, 1e-4)
 WHAT = {"seqlen": 64, "windows": 2, "bos": True}
+FEWER = 40  # trials of what no claim about protections rests on
+BOUNDS = ("ranger", "layer", "neuron", "hybrid")
 SHORT = {"decays": (10.0, 0.1), "epochs": 2}  # of the training of thresholds
 CALIBRATION = {"samples": 8, "seqlen": 48}
 TARGETS = ("codes", "scales", "zeros", "norms", "embeddings", "kv", "activations")
+BOTH = {"hybrid+secded": ("hybrid", "secded"), "hybrid+secded64": ("hybrid", "secded64")}
+VARIANTS: dict[str, tuple[str | None, str | None]] = {
+    "none": (None, None),
+    **{kind: (None, kind) for kind in SCALE_KINDS},
+    **{kind: (kind, None) for kind in BOUNDS},
+    **BOTH,
+}
+DRAWN = ("none", "ranger", "hybrid", "clamp", "parity", "secded", "hybrid+secded")
 
 
-def variants():
-    """Return name → (bounds, protection of scales)."""
-    both = {"hybrid+secded": ("hybrid", "secded"), "hybrid+secded64": ("hybrid", "secded64")}
-    return {"none": (None, None), **{s: (None, s) for s in SCALE_KINDS}, **{b: (b, None) for b in BOUNDS}, **both}
+def work(directory: Path, only: Sequence[str], trials: int) -> None:
+    """Do what is not done yet."""
+    directory.mkdir(parents=True, exist_ok=True)
+    base, text = _prepare(directory)
+
+    def is_meant(name: str) -> bool:
+        return not only or name in only
+
+    for name, (bounds, scales) in VARIANTS.items():
+        if is_meant(name):
+            model = _protected(directory, name, bounds, scales)
+            targets = ("codes", "scales", "zeros", *(("bounds",) if bounds else ()))
+            _campaign(model, directory / f"rates-{name}.json", targets=targets, text=text, trials=trials)
+    if is_meant("bits"):
+        _campaign(base, directory / "bits.json", targets=("scales",), sweep="bits", text=text, trials=FEWER)
+    for target in TARGETS:
+        if is_meant("targets"):
+            _campaign(base, directory / f"target-{target}.json", targets=(target,), text=text, trials=FEWER)
+    if is_meant("load"):
+        times = {name: _load_seconds(directory / name) for name in VARIANTS if (directory / name).is_dir()}
+        (directory / "load.json").write_text(json.dumps(times))
 
 
-def prepare(directory):
+def _prepare(directory: Path) -> tuple[Path, str]:
     """Quantize, and write what is judged."""
     base, text = directory / "none", directory / "stories.txt"
     if not base.is_dir():
         quantkit.quantize(MODEL, wbits=4, group_size=32, method="gptq", calibration="embedded", seqlen=128, output=base)
     if not text.is_file():
         stories = (
-            quantkit.generate(MODEL, "Once upon a time", max_new_tokens=120, temperature=1.0, seed=s) for s in range(4)
+            quantkit.generate(MODEL, "Once upon a time", max_new_tokens=120, temperature=1.0, seed=seed)
+            for seed in range(4)
         )
         text.write_text("\n".join(story.strip() for story in stories) + "\n", encoding="utf-8")
     return base, str(text)
 
 
-def protected(directory, base, name, bounds, scales):
+def _protected(directory: Path, name: str, bounds: str | None, scales: str | None) -> Path:
     """Return a copy of the checkpoint with this protection."""
-    copy = directory / name
+    copy, partial = directory / name, directory / f"{name}.partial"
     if not copy.is_dir():
-        partial = directory / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(base, partial)
+        shutil.copytree(directory / "none", partial)
         if bounds:
-            quantkit.protect(partial, resilience=quantkit.Resilience(kind=bounds, **SHORT), calibration="self", **CALIBRATION)
+            choice = quantkit.Resilience(kind=bounds, **SHORT)
+            quantkit.protect(partial, resilience=choice, calibration="self", **CALIBRATION)
         if scales:
-            scale_file.write(partial, scales)
+            quantkit.protect_scales(partial, scales)
         partial.rename(copy)
     return copy
 
 
-def load_seconds(model):
-    """Return the least of five loads."""
-    taken = []
-    for _ in range(5):
-        start = time.perf_counter()
-        quantkit.load(model, device="cpu")
-        taken.append(time.perf_counter() - start)
-    return min(taken)
-
-
-def work(directory, names, trials):
-    directory.mkdir(parents=True, exist_ok=True)
-    base, text = prepare(directory)
-    for name, (bounds, scales) in variants().items():
-        if names and name not in names:
-            continue
-        model = protected(directory, base, name, bounds, scales)
-        targets = ("codes", "scales", "zeros", *(("bounds",) if bounds else ()))
-        campaign(model, directory / f"rates-{name}.json", targets=targets, text=text, trials=trials)
-    if not names or "bits" in names:
-        campaign(base, directory / "bits.json", targets=("scales",), sweep="bits", text=text, trials=FEWER)
-    for target in TARGETS:
-        if not names or "targets" in names:
-            campaign(base, directory / f"target-{target}.json", targets=(target,), text=text, trials=FEWER)
-    if not names or "load" in names:
-        times = {name: load_seconds(directory / name) for name in variants() if (directory / name).is_dir()}
-        (directory / "load.json").write_text(json.dumps(times))
-
-
-def campaign(model, output, *, trials, **how):
+def _campaign(model: Path, output: Path, *, trials: int, **how: Any) -> None:  # noqa: ANN401  of quantkit.faults
     """Run a campaign unless it is finished."""
     if output.is_file():
         return
@@ -103,16 +103,100 @@ def campaign(model, output, *, trials, **how):
     print(f"{output.stem}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def main():
+def _load_seconds(model: Path) -> float:
+    """Return the least of five loads."""
+    taken = []
+    for _ in range(5):
+        start = time.process_time()
+        quantkit.load(model, device="cpu")
+        taken.append(time.process_time() - start)
+    return min(taken)
+
+
+def show(directory: Path, figure: Path) -> None:
+    """Print the tables, and draw the figure."""
+    found = {name: directory / f"rates-{name}.json" for name in VARIANTS}
+    results = {name: read_results([file])[0] for name, file in found.items() if file.is_file()}
+    seconds = json.loads((directory / "load.json").read_text()) if (directory / "load.json").is_file() else {}
+    print("\n".join(_rates_table(results)), end="\n\n")
+    print("\n".join(_cost_table(directory, results, seconds)), end="\n\n")
+    print("\n".join(_bits_table(read_results([directory / "bits.json"])[0])), end="\n\n")
+    targets = {name: directory / f"target-{name}.json" for name in TARGETS}
+    print("\n".join(_targets_table({n: read_results([f])[0] for n, f in targets.items() if f.is_file()})), end="\n\n")
+    for tensor in results["none"]["tensors"][:10]:
+        print(f"| `{tensor['tensor']}` | {tensor['flips']:,} | {tensor['harm']:.2f} |")
+    drawn = [name for name in DRAWN if name in results]
+    draw([results[name] for name in drawn], figure, drawn)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "NaN"
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}" if value < 1e6 else f"{value:.0e}"
+
+
+def _rates_table(results: dict[str, Any]) -> Iterator[str]:
+    yield "| protection | without faults | " + " | ".join(f"{rate:g}" for rate in RATES) + " |"
+    yield "|---|" + "---:|" * (1 + len(RATES))
+    for name, facts in results.items():
+        cells = []
+        for row in facts["rows"]:
+            lost = f" ({row['not_finite']:.0%} NaN)" if row["not_finite"] else ""
+            cells.append(f"{_number(row['median'])} / {_number(row['p95'])}{lost}")
+        yield f"| {name} | {facts['baseline']:.3f} | " + " | ".join(cells) + " |"
+
+
+def _cost_table(directory: Path, results: dict[str, Any], seconds: dict[str, float]) -> Iterator[str]:
+    """Bytes in the side files against those of the scales, and how often a trial at 1e-5 stays within a tenth."""
+    scales = results["none"]["bits"]["scales"] / 8
+    yield "| protection | bytes | of the scales | load | trials within 10 % at 1e-6 | 1e-5 | 1e-4 |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    for name, facts in results.items():
+        files = (path_of(directory / name) for path_of in (scale_file.path_of, side_file.path_of))
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        good = (
+            sum(float(value) <= 1.1 * facts["baseline"] for value in facts["values"][f"{rate:g}"])
+            / len(facts["values"][f"{rate:g}"])
+            for rate in RATES[1:]
+        )
+        load = f"{seconds[name]:.2f} s" if name in seconds else ""
+        yield f"| {name} | {size:,} | {size / scales:.1%} | {load} | " + " | ".join(f"{s:.0%}" for s in good) + " |"
+
+
+def _bits_table(facts: dict[str, Any]) -> Iterator[str]:
+    yield "| bit | median | worst 5 % | NaN |"
+    yield "|---:|---:|---:|---:|"
+    for row in facts["rows"]:
+        yield (f"| {row['condition']} | {_number(row['median'])} | {_number(row['p95'])} | {row['not_finite']:.0%} |")
+
+
+def _targets_table(results: dict[str, Any]) -> Iterator[str]:
+    yield "| target | bits | " + " | ".join(f"{rate:g}" for rate in RATES) + " |"
+    yield "|---|---:|" + "---:|" * len(RATES)
+    for name, facts in results.items():
+        bits = f"{facts['bits'][name]:,}" if name in facts["bits"] else "passing"
+        cells = (
+            f"{_number(row['median'])} / {_number(row['p95'])}"
+            + (f" ({row['not_finite']:.0%} NaN)" if row["not_finite"] else "")
+            for row in facts["rows"]
+        )
+        yield f"| {name} | {bits} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Do what is asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("work", "show"))
     parser.add_argument("directory", type=Path)
     parser.add_argument("--only", nargs="*", default=(), help="names of variants, bits, targets or load")
     parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--figure", type=Path, default=Path("docs/resilience.svg"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.what == "work":
         work(args.directory, args.only, args.trials)
+    else:
+        show(args.directory, args.figure)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Protections of scales: what each puts right, what it costs, and its file beside a checkpoint."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import quantkit
+from quantkit.cli import app
 from quantkit.errors import ModelError, QuantkitWarning, UsageError
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.resilience import scale_file
@@ -207,3 +210,22 @@ def test_nothing_is_written_for_what_is_not_packed(tmp_path):
     with pytest.raises(UsageError, match="no scales"):
         scale_file.write(model, "secded")
     assert not (model / "resilience").exists()
+
+
+def test_the_command_protects_scales_alone_and_replaces_only_when_asked(output):
+    command = ["protect", str(output), "--resilience", "none", "--scales"]
+    made = CliRunner().invoke(app, [*command, "secded64", "--json"])
+    assert json.loads(made.stdout)["kind"] == "secded64"
+    before = scale_file.path_of(output).read_bytes()
+    assert not (output / "resilience" / "bounds.safetensors").exists()
+    for arguments, code, message in (
+        (["secded"], 6, "replace the protection with --overwrite"),
+        (["secd", "--overwrite"], 2, "did you mean secded"),
+    ):
+        refused = CliRunner().invoke(app, [*command, *arguments])
+        assert refused.exit_code == code
+        assert message in refused.stderr
+        assert scale_file.path_of(output).read_bytes() == before
+    replaced = CliRunner().invoke(app, [*command, "secded", "--overwrite"])
+    assert replaced.exit_code == 0
+    assert scale_file.read(output)[0] == "secded"
