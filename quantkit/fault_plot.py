@@ -68,12 +68,16 @@ def draw(results: Sequence[Mapping[str, Any]], figure: Path, labels: Sequence[st
     from matplotlib import rc_context  # an extra of its own, which takes a second to import
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(9, 6.5), layout="constrained")
-    above, below = drawing.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    heights = (3, 2, 1) if results[0]["metric"] == "perplexity" else (3, 1)  # a part of it is drawn larger
+    drawing = Figure(figsize=(9, 1.6 * sum(heights)), layout="constrained")
+    *above, below = drawing.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     top = _top(results)
     for number, facts in enumerate(results):
         label = labels[number] if labels else name_of(facts)
-        _curve(above, below, facts, {"color": _COLOURS[number % len(_COLOURS)], "label": label}, top)
+        style = {"color": _COLOURS[number % len(_COLOURS)], "label": label}
+        for axes in above:
+            _curve(axes, facts, style, top)
+        _lost(below, facts, style)
     _describe(above, below, results[0])
     try:
         with rc_context({"svg.hashsalt": _SALT}):
@@ -94,33 +98,43 @@ def _top(results: Sequence[Mapping[str, Any]]) -> float:
     return 3 * max((value for value in values if value is not None), default=1.0)
 
 
-def _curve(above: Any, below: Any, facts: Mapping[str, Any], style: dict[str, Any], top: float) -> None:  # noqa: ANN401
-    rows = facts["rows"]
-    places = [float(row["condition"]) for row in rows]
+def _places(facts: Mapping[str, Any]) -> list[float]:
+    return [float(row["condition"]) for row in facts["rows"]]
+
+
+def _curve(axes: Any, facts: Mapping[str, Any], style: dict[str, Any], top: float) -> None:  # noqa: ANN401
+    rows, places = facts["rows"], _places(facts)
     worst = 0.0 if facts["metric"] == "task" else top
 
     def column(name: str) -> list[float]:
         return [worst if row[name] is None else row[name] for row in rows]
 
-    above.plot(places, column("median"), marker="o", markersize=3, **style)
-    above.fill_between(places, column("low"), column("high"), color=style["color"], alpha=0.15, linewidth=0)
-    above.plot(places, column("p95"), color=style["color"], linewidth=0.8, linestyle=":")
-    below.plot(places, [100 * row["not_finite"] for row in rows], marker="o", markersize=3, **style)
+    axes.plot(places, column("median"), marker="o", markersize=3, **style)
+    axes.fill_between(places, column("low"), column("high"), color=style["color"], alpha=0.15, linewidth=0)
+    axes.plot(places, column("p95"), color=style["color"], linewidth=0.9, linestyle=":")
 
 
-def _describe(above: Any, below: Any, facts: Mapping[str, Any]) -> None:  # noqa: ANN401
-    rates = facts["sweep"] == "rates"
+def _lost(axes: Any, facts: Mapping[str, Any], style: dict[str, Any]) -> None:  # noqa: ANN401
+    axes.plot(_places(facts), [100 * row["not_finite"] for row in facts["rows"]], marker="o", markersize=3, **style)
+
+
+def _describe(above: Sequence[Any], below: Any, facts: Mapping[str, Any]) -> None:  # noqa: ANN401
+    rates, baseline = facts["sweep"] == "rates", facts["baseline"]
     if facts["metric"] == "perplexity":
-        above.set_yscale("log")
+        above[0].set_yscale("log")
+        above[1].set_ylim(0.99 * baseline, 1.12 * baseline)
+        above[1].set_ylabel("the same, near what\nit is without faults")
     if rates and all(float(row["condition"]) > 0 for row in facts["rows"]):
-        above.set_xscale("log")
-    above.axhline(facts["baseline"], color="black", linewidth=0.5)
-    above.set_ylabel(f"{facts.get('task') or facts['metric']}, median (band: 95 %)\ndotted: worst 5 %")
+        above[0].set_xscale("log")
+    above[0].set_ylabel(f"{facts.get('task') or facts['metric']}, median (band: 95 %)\ndotted: worst 5 %")
     below.set_ylabel("NaN or Inf, %")
     below.set_ylim(-3, 103)
     below.set_xlabel(
         f"probability that a bit of {', '.join(facts['targets'])} is hit" if rates else "bit of a value that is flipped"
     )
-    above.legend(fontsize=8)
-    for axes in (above, below):
+    above[0].legend(fontsize=8, loc="upper left")
+    for axes in (*above, below):
         axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+    for axes in above:
+        axes.axhline(baseline, color="black", linewidth=0.5)

@@ -58,10 +58,10 @@ class Activations:
                 for linear in self.linears:
                     stack.callback(linear.register_forward_pre_hook(shared.quantize).remove)
             if self.scheme.key_value_bits != UNQUANTIZED:
-                stack.enter_context(changed_heads(self.attentions, self._quantize_heads))
+                stack.enter_context(changed_heads(self.attentions, lambda _, *heads: self._quantize_heads(*heads)))
             yield
 
-    def _quantize_heads(self, _: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    def _quantize_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return Q, K and V, (batch, heads, tokens, features) each, per token and head.
 
         Heads that share keys and values are quantized before they are repeated, which is the same.

@@ -71,8 +71,10 @@ def repair_scales(scale: Tensor, guard: Mapping[str, Tensor], kind: str) -> Repa
     repaired, bad = _REPAIR[kind](scale.contiguous(), guard)
     bad = bad | _implausible(repaired)
     result = _from_neighbours(repaired, bad)
-    corrected = int((~bad & (_integers(repaired) != _integers(scale))).sum())
-    return Repaired(scale=result, corrected=corrected, replaced=int(bad.sum()))
+    changed, replaced = int((~bad & (_integers(repaired) != _integers(scale))).sum()), int(bad.sum())
+    if kind == "clamp":  # another value, if a harmless one
+        return Repaired(scale=result, corrected=0, replaced=replaced + changed)
+    return Repaired(scale=result, corrected=changed, replaced=replaced)
 
 
 def guard_bits(guard: Tensor, kind: str, scales: int) -> Bits:

@@ -28,16 +28,16 @@ RATES = (1e-7, 1e-6, 1e-5, 1e-4)
 WHAT = {"seqlen": 64, "windows": 2, "bos": True}
 FEWER = 40  # trials of what no claim about protections rests on
 BOUNDS = ("ranger", "layer", "neuron", "hybrid")
-SHORT = {"decays": (10.0, 0.1), "epochs": 2}  # of the training of thresholds
-CALIBRATION = {"samples": 8, "seqlen": 48}
+SHORT = {"margin": 1.1, "decays": (10.0, 0.1), "epochs": 1}  # of the training of thresholds
+CALIBRATION = {"samples": 48, "seqlen": 128}
 TARGETS = ("codes", "scales", "zeros", "norms", "embeddings", "kv", "activations")
-BOTH = {"hybrid+secded": ("hybrid", "secded"), "hybrid+secded64": ("hybrid", "secded64")}
 VARIANTS: dict[str, tuple[str | None, str | None]] = {
     "none": (None, None),
     **{kind: (None, kind) for kind in SCALE_KINDS},
     **{kind: (kind, None) for kind in BOUNDS},
-    **BOTH,
+    "hybrid+secded": ("hybrid", "secded"),
 }
+TINY = ("none", "ranger", "hybrid", "clamp", "parity", "secded64", "secded", "hybrid+secded")
 DRAWN = ("none", "ranger", "hybrid", "clamp", "parity", "secded", "hybrid+secded")
 
 
@@ -59,9 +59,25 @@ def work(directory: Path, only: Sequence[str], trials: int) -> None:
     for target in TARGETS:
         if is_meant("targets"):
             _campaign(base, directory / f"target-{target}.json", targets=(target,), text=text, trials=FEWER)
+    if is_meant("tiny"):
+        _tiny(directory, trials)
+    if is_meant("clean"):
+        _clean(directory)
     if is_meant("load"):
         times = {name: _load_seconds(directory / name) for name in VARIANTS if (directory / name).is_dir()}
         (directory / "load.json").write_text(json.dumps(times))
+
+
+def _tiny(directory: Path, trials: int) -> None:
+    """The embedded model, whose scales are bfloat16: there a flipped exponent is a factor of 2^128."""
+    place = directory / "tiny"
+    place.mkdir(exist_ok=True)
+    if not (place / "none").is_dir():
+        quantkit.quantize("tiny", wbits=4, group_size=32, method="rtn", output=place / "none")
+    for name in TINY:
+        model = _protected(place, name, *VARIANTS[name])
+        targets = ("codes", "scales", "zeros", *(("bounds",) if VARIANTS[name][0] else ()))
+        _campaign(model, place / f"rates-{name}.json", targets=targets, text="embedded-test", trials=trials)
 
 
 def _prepare(directory: Path) -> tuple[Path, str]:
@@ -70,12 +86,27 @@ def _prepare(directory: Path) -> tuple[Path, str]:
     if not base.is_dir():
         quantkit.quantize(MODEL, wbits=4, group_size=32, method="gptq", calibration="embedded", seqlen=128, output=base)
     if not text.is_file():
-        stories = (
-            quantkit.generate(MODEL, "Once upon a time", max_new_tokens=120, temperature=1.0, seed=seed)
-            for seed in range(4)
-        )
-        text.write_text("\n".join(story.strip() for story in stories) + "\n", encoding="utf-8")
+        _write_stories(text, range(4))
     return base, str(text)
+
+
+def _write_stories(file: Path, seeds: Sequence[int]) -> None:
+    """Let the original model write one story for each seed."""
+    how = {"max_new_tokens": 120, "temperature": 1.0}
+    stories = (quantkit.generate(MODEL, "Once upon a time", seed=seed, **how).strip() for seed in seeds)
+    file.write_text("\n".join(stories) + "\n", encoding="utf-8")
+
+
+def _clean(directory: Path) -> None:
+    """Measure what protections cost where there are no faults, on more text than a trial judges."""
+    text, found = directory / "clean.txt", {}
+    if not text.is_file():
+        _write_stories(text, range(100, 124))
+    for name in VARIANTS:
+        if (directory / name).is_dir():
+            where = {"text": text, "seqlen": 128, "bos": True, "runtime": "packed", "device": "cpu"}
+            found[name] = quantkit.evaluate(directory / name, **where).perplexity
+    (directory / "clean.json").write_text(json.dumps(found))
 
 
 def _protected(directory: Path, name: str, bounds: str | None, scales: str | None) -> Path:
@@ -83,8 +114,9 @@ def _protected(directory: Path, name: str, bounds: str | None, scales: str | Non
     copy, partial = directory / name, directory / f"{name}.partial"
     if not copy.is_dir():
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(directory / "none", partial)
-        if bounds:
+        bounded = bounds and directory / bounds
+        shutil.copytree(bounded if bounded and bounded.is_dir() else directory / "none", partial)
+        if bounds and not side_file.path_of(partial).is_file():
             choice = quantkit.Resilience(kind=bounds, **SHORT)
             quantkit.protect(partial, resilience=choice, calibration="self", **CALIBRATION)
         if scales:
@@ -118,8 +150,13 @@ def show(directory: Path, figure: Path) -> None:
     found = {name: directory / f"rates-{name}.json" for name in VARIANTS}
     results = {name: read_results([file])[0] for name, file in found.items() if file.is_file()}
     seconds = json.loads((directory / "load.json").read_text()) if (directory / "load.json").is_file() else {}
+    tiny = {name: directory / "tiny" / f"rates-{name}.json" for name in TINY}
     print("\n".join(_rates_table(results)), end="\n\n")
+    print("\n".join(_rates_table({n: read_results([f])[0] for n, f in tiny.items() if f.is_file()})), end="\n\n")
     print("\n".join(_cost_table(directory, results, seconds)), end="\n\n")
+    clean = json.loads((directory / "clean.json").read_text()) if (directory / "clean.json").is_file() else {}
+    for name, value in clean.items():
+        print(f"| {name} | {value:.4f} | {value / clean['none'] - 1:+.2%} |")
     print("\n".join(_bits_table(read_results([directory / "bits.json"])[0])), end="\n\n")
     targets = {name: directory / f"target-{name}.json" for name in TARGETS}
     print("\n".join(_targets_table({n: read_results([f])[0] for n, f in targets.items() if f.is_file()})), end="\n\n")

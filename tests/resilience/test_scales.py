@@ -74,6 +74,7 @@ def test_a_clamped_scale_is_no_larger_than_any_was():
     top, sign = flipped(scale, 14), flipped(scale, 15)
     assert float(repair_scales(top, guard, "clamp").scale[0, 0]) == float(scale.max())
     assert same(repair_scales(sign, guard, "clamp").scale, scale)
+    assert (repair_scales(top, guard, "clamp").corrected, repair_scales(top, guard, "clamp").replaced) == (0, 1)
 
 
 @pytest.mark.parametrize("kind", ["secded", "secded64"])
