@@ -9,8 +9,8 @@ Time counts matrix products, elementwise operations and calls. An update of a wi
 batch, and one of the whole model is four, since every block is computed twice; besides, its logits are made once for
 the original and made and differentiated for the quantized model.
 
-The factors below were measured with `scripts/bench/memory.py` and with the presets on a small model; report.json puts
-every prediction beside what happened.
+The factors below were measured with `scripts/bench/bounded_memory.py` and with the presets on a small model;
+report.json puts every prediction beside what happened.
 """
 
 import math
@@ -27,11 +27,12 @@ from quantkit.model.writer import SHARD_BYTES
 from quantkit.workload import Workload
 
 LIBRARIES = 75e6  # what torch, tokenizers and safetensors allocate when they are first used
-COPIES_ROUNDED = 2.0  # float32 copies, codes and temporaries of a block that is rounded for comparison
-COPIES_TRAINED = 1.5  # fake-quantized weights and their gradients during an update
+COPIES_BLOCK = 3.4  # of a block in float32: itself, what it is read from, its rounded weights, codes and temporaries
+COPIES_TRAINED = 1.0  # what fake-quantized weights and their gradients take more during an update
+COPIES_ACTIVATIONS = 1.7  # of inputs and outputs of the linears: these, and what is between them
 COPIES_DISTILLED = 4.0  # float32 weights of one block that are made of codes, what is saved of that, and gradients
 COPIES_COPIED = 3  # of a tensor that is copied: as it is read, as it waits, and the bytes that safetensors makes of it
-COPIES_LOGITS = 6  # logits of a sequence, their logarithms and probabilities, of both models, and gradients
+COPIES_LOGITS = 8  # logits of a sequence, their logarithms and probabilities, of both models, and gradients
 BYTES_TRAINED = 20  # per number that is trained: value, gradient, two averages, and the best value so far
 BYTES_CODE, BYTES_SCALE = 1, 7  # codes; scale and zero point as they are stored, and the scale in float32
 SWEEPS_PER_UPDATE = 14  # elementwise operations on a block's weights in one update, forward and backward
@@ -70,7 +71,7 @@ def host_memory(work: Workload, held: int) -> int:
     written = 2 * work.block_parameters * work.stored_bytes  # a shard, and the bytes that safetensors makes of it
     logits = 2 * 4 * CHECK_SEQUENCES * CHECK_TOKENS * work.vocabulary
     blocks = 0 if work.on_gpu else _blocks(work)
-    walk = min(held, stream_bytes(work)) + written + max(_outer(work) + logits, blocks)
+    walk = min(held, stream_bytes(work)) + max(_outer(work) + logits, blocks, written)
     loaded = work.parameters * work.stored_bytes if work.on_gpu else writing_memory(work)
     return int(base + max(walk, COPIES_COPIED * _copied(work), loaded if work.at_once else 0))
 
@@ -205,8 +206,8 @@ def _forward(work: Workload, sequences: int) -> float:
 
 
 def _activations(work: Workload) -> int:
-    """Return what one block saves in an update: inputs and outputs of the linears, as much again between them."""
-    return 2 * 4 * work.batch_size * work.seqlen * work.block_features
+    """Return what one block saves in an update."""
+    return int(COPIES_ACTIVATIONS * 4 * work.batch_size * work.seqlen * work.block_features)
 
 
 def _copied(work: Workload) -> int:
@@ -225,7 +226,7 @@ def _blocks(work: Workload) -> float:
 def _window(work: Workload) -> float:
     """Everything that a window of blocks takes while passes are applied to it."""
     learns = work.updates > 0
-    weights = 4 * work.block_parameters * (1 + COPIES_ROUNDED + COPIES_TRAINED * learns)
+    weights = 4 * work.block_parameters * (COPIES_BLOCK + COPIES_TRAINED * learns)
     trained = BYTES_TRAINED * work.trained * learns
     # without an update one block after the other is computed, and half is kept of each
     activations = _activations(work) * (work.window if learns else 0.5)

@@ -10,6 +10,7 @@ from quantkit import costs, host
 from quantkit.workload import Workload
 
 SHARE = 0.8  # of what is free: what streams may fill up to in a run that was not told how much it may take
+SPARE = 0.03  # of what the user allows, that streams leave alone: by so much a prediction of the rest may be too low
 SHORTEST = 128  # tokens; shorter sequences teach too little to be proposed
 GIB = 2**30
 
@@ -39,7 +40,7 @@ class Limits:
         most = own + left if memory is None else min(memory, own + left)
         return cls(
             memory=most,
-            streams=own + int(SHARE * left) if memory is None else most,
+            streams=own + int(SHARE * left) if memory is None else int((1 - SPARE) * most),
             free=own + left,
             device=costs.free_device_memory(device),
         )

@@ -17,4 +17,5 @@ export HF_HUB_OFFLINE=1 # the tests of the Hub bring their own, on the loopback 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=${MKL_NUM_THREADS:-1}
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 
-exec "$python" -m pytest -rs "$@"
+# each worker imports torch and takes about 1.5 GB
+exec "$python" -m pytest -rs -n logical --maxprocesses 4 --dist worksteal "$@"

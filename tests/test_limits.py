@@ -1,6 +1,7 @@
 """Whether a run fits, and which flags make it fit: what is proposed must really do."""
 
 import dataclasses
+import math
 import re
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import quantkit
 from quantkit import costs, host
 from quantkit.errors import UsageError
-from quantkit.limits import Limits
+from quantkit.limits import SPARE, Limits
 from quantkit.model.skeleton import Skeleton
 from quantkit.recipe import from_defaults
 from quantkit.resources import data_dir
@@ -45,8 +46,8 @@ def rest(work):
 
 def test_streams_get_what_the_rest_of_the_run_leaves(work):
     for memory in (4 * GB, 8 * GB):
-        assert limits(memory).held(work) == memory - rest(work)
-        assert limits(memory).memory_of(work) <= memory
+        assert limits(memory).held(work) == int((1 - SPARE) * memory) - rest(work)
+        assert limits(memory).memory_of(work) <= (1 - SPARE) * memory
 
 
 def test_nobody_asked_for_all_memory_that_there_is(work):
@@ -63,9 +64,9 @@ def test_one_batch_may_always_stay(work):
 
 
 def test_what_does_not_stay_is_spilled(work):
-    memory = rest(work) + GB
+    memory = math.ceil((rest(work) + GB) / (1 - SPARE))
     assert 0 <= limits(memory).spilled(work) - (costs.stream_bytes(work) - GB) < costs.batch_bytes(work)
-    assert limits(memory).memory_of(work) == memory
+    assert limits(memory).memory_of(work) == rest(work) + GB
     assert limits(10 * GB).spilled(work) == 0
 
 

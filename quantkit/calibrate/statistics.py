@@ -10,6 +10,7 @@ from typing import Protocol, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.passes import Window
 from quantkit.calibrate.team import Team
 from quantkit.model.block import Site
@@ -142,6 +143,7 @@ def input_statistics(
     with _Listening(heard):
         for batch in range(len(window.inputs)):
             window.forward(batch, parameters)
+    release_freed()  # what follows takes the largest matrices of a run
     if not window.team.alone:
         for linear, statistic in heard.items():
             statistic.merge(window.team, _no_inputs(linear))

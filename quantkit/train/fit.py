@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from quantkit.calibrate.memory import release_freed
 from quantkit.calibrate.team import Team
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -82,6 +83,7 @@ def fit(  # noqa: PLR0913  everything beyond the first two is the loop's shape
     result, best = FitResult(), _Best(groups)
     order: list[int] = []
     total = 0.0
+    release_freed()  # an update takes more than anything before it
     for update in range(updates):
         if not order:
             order = torch.randperm(batches, generator=generator).tolist() if generator else list(range(batches))

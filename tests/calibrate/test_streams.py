@@ -8,9 +8,10 @@ import pytest
 import torch
 from windows import make_engine, make_window
 
-from quantkit.calibrate.streams import Streams
+from quantkit.calibrate.streams import Streams, _Held
 from quantkit.core.scheme import QuantScheme
 from quantkit.errors import OutputError
+from quantkit.host import resident_memory
 from quantkit.pipeline import Silent
 from quantkit.quantizers.awq import AWQ
 from quantkit.quantizers.distill import Distill
@@ -69,6 +70,14 @@ def test_the_budget_is_kept_and_the_rest_is_on_the_disk(tmp_path):
     assert (streams.held, streams.spilled) == (HALF, 5 * BYTES)
     del stream
     assert streams.held == 0
+
+
+def test_the_process_grows_by_what_is_held_whatever_is_allocated_between():
+    streams = Streams()
+    stream, before = streams.new(torch.float32), resident_memory()
+    for _ in range(2000):
+        stream.append(torch.ones(1, 96, 256) + 1)
+    assert 0.9 * streams.held < resident_memory() - before < 1.15 * streams.held
 
 
 def test_the_file_has_no_name(tmp_path):
@@ -179,10 +188,6 @@ def test_methods_bring_batches_to_the_device_before_they_use_them(step):
 
 
 def test_the_walk_and_passes_over_the_model_bring_batches_to_the_device(monkeypatch):
-    held = Streams.keep
-
-    def keep(self, tensor):
-        return held(self, tensor.as_subclass(OnHost))
-
-    monkeypatch.setattr(Streams, "keep", keep)
+    held = _Held.tensor
+    monkeypatch.setattr(_Held, "tensor", property(lambda chunk: held.fget(chunk).as_subclass(OnHost)))
     run(PASSES["distill"], Streams())
