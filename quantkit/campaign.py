@@ -7,11 +7,10 @@ number of trials and the rates are not part of that, so a campaign can be made l
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +26,7 @@ from quantkit.resilience.flips import Fault
 from quantkit.trials import Campaign, Condition, Laboratory, Measure
 
 Done = dict[tuple[str, int], Mapping[str, Any]]
+_CHANGED = "bits did not come back after the trials, a fault of quantkit or of the machine; do not use the result"
 Tell = Callable[[str, int, int], None]
 
 
@@ -106,7 +106,7 @@ def faults(  # noqa: PLR0913
             write(line)
             tell("injecting", len(wanted) - len(missing) + _count(done, missing), len(wanted))
     if not laboratory.is_restored():
-        raise QuantkitError("bits did not come back after the trials; this is a fault of quantkit or of the machine")
+        raise QuantkitError(_CHANGED)
     report = summarize(about, [condition.label for condition in laboratory.conditions()], campaign.trials, done)
     if file is not None:
         _write(file, json.dumps(report.facts(), indent=2, ensure_ascii=False) + "\n")
@@ -161,37 +161,43 @@ def _run(laboratory: Laboratory, missing: Sequence[tuple[Condition, int]], jobs:
         for condition, number in missing:
             yield laboratory.run(condition, number)
         return
-    threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(
-        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
-    ) as pool:
-        tasks = [pool.submit(_trial, laboratory.campaign, condition, number) for condition, number in missing]
+    with _processes(jobs) as (pool, lines, stop):
+        tasks = [pool.submit(_share, laboratory.campaign, missing[first::jobs], lines, stop) for first in range(jobs)]
+        for task in tasks:
+            task.add_done_callback(lambda _: lines.put(None))
+        for _ in tasks:
+            yield from iter(lines.get, None)
         try:
-            for task in as_completed(tasks):
-                line, restored = task.result()
-                if not restored:
-                    raise QuantkitError("bits did not come back after the trials; start the same command again")
-                yield line
+            if not all(task.result() for task in tasks):
+                raise QuantkitError(_CHANGED)
         except BrokenProcessPool as error:
             raise TeamError(
                 "a process of the campaign ended; start the same command again, with fewer --jobs"
             ) from error
+
+
+@contextmanager
+def _processes(jobs: int) -> Iterator[tuple[ProcessPoolExecutor, Any, Any]]:
+    """Give processes that share the threads, a queue of theirs, and an event at which they end."""
+    context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // jobs)
+    how: dict[str, Any] = {"mp_context": context, "initializer": torch.set_num_threads, "initargs": (threads,)}
+    with context.Manager() as manager, ProcessPoolExecutor(jobs, **how) as pool:
+        stop = manager.Event()
+        try:
+            yield pool, manager.Queue(), stop
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()
 
 
-@cache
-def _laboratory(campaign: Campaign) -> Laboratory:
-    """Return this process's own laboratory."""
-    return Laboratory(campaign)
-
-
-def _trial(campaign: Campaign, condition: Condition, number: int) -> tuple[dict[str, Any], bool]:
-    """Run a trial in another process; return it, and, now and then, whether all bits were put back."""
+def _share(campaign: Campaign, trials: Sequence[tuple[Condition, int]], lines: Any, stop: Any) -> bool:  # noqa: ANN401
+    """Run trials in a process of its own and put them into the queue; return whether all bits were put back."""
     with usual_settings():
-        laboratory = _laboratory(campaign)
-        line = laboratory.run(condition, number)
-        return line, number % 16 != 0 or laboratory.is_restored()
+        laboratory = Laboratory(campaign)
+        for condition, number in trials:
+            if stop.is_set():
+                break
+            lines.put(laboratory.run(condition, number))
+        return laboratory.is_restored()
 
 
 def _finished(journal: Path, about: Mapping[str, Any]) -> Done:

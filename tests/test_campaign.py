@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import quantkit
 from quantkit.cli import app
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.fault_plot import draw, read_results
 from quantkit.fault_report import from_good_to_bad, harm, median_range, quantile, summarize
 from quantkit.resilience import scale_file
@@ -99,6 +99,13 @@ def test_several_processes_find_the_same(output, tmp_path):
     alone = quantkit.faults(output, **how)
     several = quantkit.faults(output, jobs=2, output=tmp_path / "faults.json", **how)
     assert several.facts() == alone.facts()
+
+
+def test_bits_that_do_not_come_back_are_no_result(output, tmp_path, monkeypatch):
+    monkeypatch.setattr("quantkit.runtime.stored.StoredModel.restore", lambda self: None)
+    with pytest.raises(QuantkitError, match="bits did not come back"):
+        quantkit.faults(output, rates=(1e-3,), trials=1, targets=("scales",), output=tmp_path / "f.json", **SMALL)
+    assert not (tmp_path / "f.json").exists()
 
 
 def test_a_measure_of_ones_own(output):
