@@ -37,7 +37,7 @@ VARIANTS: dict[str, tuple[str | None, str | None]] = {
     **{kind: (kind, None) for kind in BOUNDS},
     "hybrid+secded": ("hybrid", "secded"),
 }
-TINY = ("none", "ranger", "hybrid", "clamp", "parity", "secded64", "secded", "hybrid+secded")
+TINY = ("none", "clamp", "parity", "secded64", "secded", "ranger", "hybrid")
 DRAWN = ("none", "ranger", "hybrid", "clamp", "parity", "secded", "hybrid+secded")
 
 
