@@ -78,7 +78,7 @@ def draw(results: Sequence[Mapping[str, Any]], figure: Path, labels: Sequence[st
         for axes in above:
             _curve(axes, facts, style, top)
         _lost(below, facts, style)
-    _describe(above, below, results[0])
+    _describe(above, below, results)
     try:
         with rc_context({"svg.hashsalt": _SALT}):
             drawing.savefig(figure, metadata={"Date": None} if figure.suffix == ".svg" else None)
@@ -118,11 +118,12 @@ def _lost(axes: Any, facts: Mapping[str, Any], style: dict[str, Any]) -> None:  
     axes.plot(_places(facts), [100 * row["not_finite"] for row in facts["rows"]], marker="o", markersize=3, **style)
 
 
-def _describe(above: Sequence[Any], below: Any, facts: Mapping[str, Any]) -> None:  # noqa: ANN401
-    rates, baseline = facts["sweep"] == "rates", facts["baseline"]
+def _describe(above: Sequence[Any], below: Any, results: Sequence[Mapping[str, Any]]) -> None:  # noqa: ANN401
+    facts, baselines = results[0], [each["baseline"] for each in results]
+    rates = facts["sweep"] == "rates"
     if facts["metric"] == "perplexity":
         above[0].set_yscale("log")
-        above[1].set_ylim(0.99 * baseline, 1.12 * baseline)
+        above[1].set_ylim(0.99 * min(baselines), 1.12 * max(baselines))
         above[1].set_ylabel("the same, near what\nit is without faults")
     if rates and all(float(row["condition"]) > 0 for row in facts["rows"]):
         above[0].set_xscale("log")
@@ -137,4 +138,4 @@ def _describe(above: Sequence[Any], below: Any, facts: Mapping[str, Any]) -> Non
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
     for axes in above:
-        axes.axhline(baseline, color="black", linewidth=0.5)
+        axes.axhline(baselines[0], color="black", linewidth=0.5)

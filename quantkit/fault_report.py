@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean, pvariance
 from typing import Any
 
 
@@ -44,11 +45,15 @@ class Blame:
     from the metric without faults: on a logarithmic scale for perplexity, where NaN counts as `WORST` and nothing more.
     Of several conditions the mean, weighted by 1 / (1/hit + 1/others). Hit in all trials or in none, a tensor tells
     nothing; the sweep over tensors does.
+
+    `error` is the standard error of `harm`. Among many tensors some are harmful by chance, which it tells apart: those
+    come first whose harm is the largest multiple of it.
     """
 
     tensor: str
     flips: int
     harm: float
+    error: float
 
 
 WORST = math.log(1e6)
@@ -142,17 +147,20 @@ def _blame(conditions: Sequence[Sequence[Mapping[str, Any]]], baseline: float, h
     found = []
     harms = [[harm(float(line["value"]), baseline, higher=higher) for line in lines] for lines in conditions]
     for name in {name for lines in conditions for line in lines for name in line["flips"]}:
-        weight, total, flips = 0.0, 0.0, 0
+        weight, total, variance = 0.0, 0.0, 0.0
         for lines, values in zip(conditions, harms, strict=True):
-            flips += sum(line["flips"].get(name, 0) for line in lines)
             hit = [value for line, value in zip(lines, values, strict=True) if name in line["flips"]]
-            if hit and len(hit) < len(lines):
-                others = (sum(values) - sum(hit)) / (len(lines) - len(hit))
-                precision = 1 / (1 / len(hit) + 1 / (len(lines) - len(hit)))
-                weight, total = weight + precision, total + precision * (sum(hit) / len(hit) - others)
+            others = [value for line, value in zip(lines, values, strict=True) if name not in line["flips"]]
+            if hit and others:
+                precision = 1 / (1 / len(hit) + 1 / len(others))
+                weight += precision
+                total += precision * (fmean(hit) - fmean(others))
+                variance += precision * pvariance(values)
         if weight:
-            found.append(Blame(tensor=name, flips=flips, harm=total / weight))
-    return sorted(found, key=lambda each: (-each.harm, each.tensor))
+            flips = sum(line["flips"].get(name, 0) for lines in conditions for line in lines)
+            error = math.sqrt(variance) / weight
+            found.append(Blame(tensor=name, flips=flips, harm=total / weight, error=error))
+    return sorted(found, key=lambda each: (-each.harm / max(each.error, 1e-12), each.tensor))
 
 
 def harm(value: float, baseline: float, *, higher: bool) -> float:

@@ -44,7 +44,7 @@ def reported(report: "FaultReport", *, as_json: bool) -> None:
         for column in ("tensor", "flips", "harm where hit"):
             table.add_column(column, justify="left" if column == "tensor" else "right")
         for each in report.blame[:MOST]:
-            table.add_row(escape(each.tensor), f"{each.flips:,}", f"{each.harm:.3g}")
+            table.add_row(escape(each.tensor), f"{each.flips:,}", f"{each.harm:.3g} ± {each.error:.2g}")
         wide.print(table)
 
 

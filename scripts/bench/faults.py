@@ -136,9 +136,9 @@ def _campaign(model: Path, output: Path, *, trials: int, **how: Any) -> None:  #
 
 
 def _load_seconds(model: Path) -> float:
-    """Return the least of five loads."""
+    """Return the least CPU time of three loads."""
     taken = []
-    for _ in range(5):
+    for _ in range(3):
         start = time.process_time()
         quantkit.load(model, device="cpu")
         taken.append(time.process_time() - start)
@@ -160,8 +160,8 @@ def show(directory: Path, figure: Path) -> None:
     print("\n".join(_bits_table(read_results([directory / "bits.json"])[0])), end="\n\n")
     targets = {name: directory / f"target-{name}.json" for name in TARGETS}
     print("\n".join(_targets_table({n: read_results([f])[0] for n, f in targets.items() if f.is_file()})), end="\n\n")
-    for tensor in results["none"]["tensors"][:10]:
-        print(f"| `{tensor['tensor']}` | {tensor['flips']:,} | {tensor['harm']:.2f} |")
+    for tensor in results["none"]["tensors"][:8]:
+        print(f"| `{tensor['tensor']}` | {tensor['flips']:,} | {tensor['harm']:.2f} ± {tensor['error']:.2f} |")
     drawn = [name for name in DRAWN if name in results]
     draw([results[name] for name in drawn], figure, drawn)
 
