@@ -27,7 +27,9 @@ if TYPE_CHECKING:
         quantize,
     )
     from quantkit.campaign import faults
+    from quantkit.merging import Merged, merge
     from quantkit.modules import apply_masks, prune_module
+    from quantkit.personalization import Personalized, replay
     from quantkit.protection import Protected, protect, protect_scales
     from quantkit.resilience.choice import Resilience
     from quantkit.resilience.modules import bound_module
@@ -39,6 +41,8 @@ __all__ = [
     "Comparison",
     "Exported",
     "Masks",
+    "Merged",
+    "Personalized",
     "Protected",
     "Pruned",
     "Quantized",
@@ -54,23 +58,29 @@ __all__ = [
     "generate",
     "load",
     "make_recipe",
+    "merge",
     "plan",
     "protect",
     "protect_scales",
     "prune",
     "prune_module",
     "quantize",
+    "replay",
 ]
 _ELSEWHERE = {
     "Masks": "quantkit.train.masked",
+    "Merged": "quantkit.merging",
+    "Personalized": "quantkit.personalization",
     "Protected": "quantkit.protection",
     "Resilience": "quantkit.resilience.choice",
     "apply_masks": "quantkit.modules",
     "bound_module": "quantkit.resilience.modules",
     "faults": "quantkit.campaign",
+    "merge": "quantkit.merging",
     "protect": "quantkit.protection",
     "protect_scales": "quantkit.protection",
     "prune_module": "quantkit.modules",
+    "replay": "quantkit.personalization",
 }
 
 

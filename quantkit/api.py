@@ -24,6 +24,7 @@ from quantkit.evaluation.scores import TaskScores
 from quantkit.evaluation.vocabulary import refuse_other_tokens
 from quantkit.keywords import make_recipe
 from quantkit.model import names
+from quantkit.personalize.delta import apply
 from quantkit.pipeline import Progress, execute, prepare
 from quantkit.planning import Plan
 from quantkit.pruned import Pruned, prune
@@ -114,7 +115,7 @@ def plan(
 
 
 @usual_settings()
-def load(
+def load(  # noqa: PLR0913
     model: str | Path,
     *,
     device: str | None = None,
@@ -122,6 +123,7 @@ def load(
     device_map: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
     bounds: bool = True,
+    delta: str | Path | None = None,
 ) -> Model:
     """Return a packed checkpoint as a transformers model whose linears compute from the packed codes.
 
@@ -138,13 +140,17 @@ def load(
         device_map: `auto`, or module names and their devices, as accelerate has it; instead of `device`.
         revision: revision on the Hub.
         bounds: bound activations where `quantkit protect` left bounds beside the checkpoint.
+        delta: what `personalize` wrote for this model.
 
     Raises:
-        ModelError: not packed, in a way that cannot be run packed, incomplete or damaged; bounds of another checkpoint.
+        ModelError: not packed, not to be run packed, incomplete or damaged; a delta or bounds of another model.
         UsageError: a device or a map that cannot be used.
     """
     source = names.resolve(str(model), revision=revision)
-    return packed_model.load(source.path, device=device, dtype=dtype, device_map=device_map, bounds=bounds)
+    loaded = packed_model.load(source.path, device=device, dtype=dtype, device_map=device_map, bounds=bounds)
+    if delta is not None:
+        apply(loaded, source.path, delta)
+    return loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +173,7 @@ def evaluate(  # noqa: PLR0913
     runtime: str = DEFAULT_RUNTIME,
     device: str | None = None,
     revision: str | None = None,
+    delta: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     team: Team | None = None,
 ) -> Perplexity:
@@ -182,6 +189,7 @@ def evaluate(  # noqa: PLR0913
         runtime: `packed` keeps packed weights packed, `dense` unpacks them.
         device: as in `quantize`.
         revision: revision on the Hub.
+        delta: what `personalize` wrote for the model, which is then run packed.
         progress: told (windows done, windows in all), for each model.
         team: processes that share the windows, see `Team.join`; None: this one alone.
 
@@ -194,12 +202,13 @@ def evaluate(  # noqa: PLR0913
     if against is not None:
         refuse_other_tokens(model, against, revision=revision)
 
-    def measure(name: str | Path, revision: str | None) -> Perplexity:
-        loaded, tokenizer = load_with(runtime, name, revision=revision, device=(team or Team()).device(device))
+    def measure(name: str | Path, revision: str | None, delta: str | Path | None) -> Perplexity:
+        place = (team or Team()).device(device)
+        loaded, tokenizer = load_with(runtime, name, revision=revision, device=place, delta=delta)
         return perplexity(loaded, _windows(corpora, loaded, tokenizer, seqlen, windows, bos), progress, team)
 
-    measured = measure(model, revision)
-    return measured if against is None else replace(measured, reference=measure(against, None))
+    measured = measure(model, revision, delta)
+    return measured if against is None else replace(measured, reference=measure(against, None, None))
 
 
 @usual_settings()
@@ -216,6 +225,7 @@ def evaluate_tasks(  # noqa: PLR0913
     runtime: str = DEFAULT_RUNTIME,
     device: str | None = None,
     revision: str | None = None,
+    delta: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     team: Team | None = None,
 ) -> TaskScores:
@@ -235,6 +245,7 @@ def evaluate_tasks(  # noqa: PLR0913
         runtime: `packed` keeps packed weights packed, `dense` unpacks them.
         device: as in `quantize`.
         revision: revision on the Hub.
+        delta: as in `evaluate`.
         progress: told (what, requests answered, requests in all); 0 in all where they are not known.
         team: processes that share the documents, see `Team.join`; only the first gets the scores.
 
@@ -250,13 +261,13 @@ def evaluate_tasks(  # noqa: PLR0913
     if against is not None:
         names.resolve(str(against), weights=False)  # a wrong name should not cost the model's scores
 
-    def measure(name: str | Path, revision: str | None) -> TaskScores:
+    def measure(name: str | Path, revision: str | None, delta: str | Path | None) -> TaskScores:
         say(f"loading {name}", 0, 0)
-        loaded, tokenizer = load_with(runtime, name, revision=revision, device=team.device(device))
+        loaded, tokenizer = load_with(runtime, name, revision=revision, device=team.device(device), delta=delta)
         return ask(str(name), loaded, tokenizer, team)
 
-    measured = measure(model, revision)
-    return measured if against is None else replace(measured, reference=measure(against, None))
+    measured = measure(model, revision, delta)
+    return measured if against is None else replace(measured, reference=measure(against, None, None))
 
 
 @usual_settings()
@@ -320,15 +331,16 @@ def generate(  # noqa: PLR0913
     runtime: str = GENERATE_RUNTIME,
     device: str | None = None,
     revision: str | None = None,
+    delta: str | Path | None = None,
 ) -> str:
     """Return how a model continues `prompt`; greedy at temperature 0.
 
-    `runtime` is as in `evaluate`, but for its default: nothing is compared here, and packed is faster and smaller.
+    `runtime` and `delta` are as in `evaluate`; the default is packed, which is faster and smaller.
 
     Raises:
         QuantkitError: see `quantkit.errors`.
     """
-    loaded, tokenizer = load_with(runtime, model, revision=revision, device=device)
+    loaded, tokenizer = load_with(runtime, model, revision=revision, device=device, delta=delta)
     return generation.generate(
         loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit import display, faults_command, judging, protect_command, pruning_command
+from quantkit import display, faults_command, judging, personalize_command, protect_command, pruning_command
 from quantkit.errors import CheckFailure, UsageError, nearest
 from quantkit.failures import OneLine, alone, errors, launched
 from quantkit.flags import (
@@ -274,6 +274,8 @@ def export(
 app.command()(pruning_command.prune)
 app.command()(protect_command.protect)
 app.command()(faults_command.faults)
+app.command()(personalize_command.personalize)
+app.command()(personalize_command.merge)
 for command in (judging.evaluate, judging.compare, judging.generate):
     app.command()(command)
 app.command(

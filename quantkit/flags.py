@@ -14,6 +14,13 @@ Runtime = Annotated[
     str,
     typer.Option(help="dense unpacks the weights, as transformers does; packed computes with them packed."),
 ]
+AnyRuntime = Annotated[
+    str | None,
+    typer.Option(help="dense unpacks the weights, packed does not. (default: dense; packed with --delta)"),
+]
+Delta = Annotated[
+    Path | None, typer.Option(help="What `quantkit personalize` learned, for the model it was made for; runs packed.")
+]
 Sparsity = Annotated[
     str | None,
     typer.Option(

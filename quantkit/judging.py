@@ -8,7 +8,7 @@ import typer
 from quantkit import display, scoreboard
 from quantkit.errors import UsageError
 from quantkit.failures import alone, errors, launched
-from quantkit.flags import Device, Json, Model, Revision, Runtime
+from quantkit.flags import AnyRuntime, Delta, Device, Json, Model, Revision, Runtime
 from quantkit.runtime import DEFAULT_RUNTIME, GENERATE_RUNTIME
 
 TEXT, SEQLEN = "wikitext2-test", 1024
@@ -52,7 +52,8 @@ def evaluate(
     batch_size: BatchSize = None,
     include_path: IncludePath = None,
     bos: Bos = False,
-    runtime: Runtime = DEFAULT_RUNTIME,
+    delta: Delta = None,
+    runtime: AnyRuntime = None,
     device: Device = None,
     revision: Revision = None,
     output: File = None,
@@ -74,7 +75,9 @@ def evaluate(
         scoreboard.refuse_output(output if leads else None)
         from quantkit import api
 
+        runtime = runtime or (DEFAULT_RUNTIME if delta is None else GENERATE_RUNTIME)
         how: dict[str, Any] = {"team": team, "against": against, "bos": bos, "runtime": runtime, "device": device}
+        how |= {"delta": delta}
         shown: dict[str, Any] = {"runtime": runtime, "as_json": as_json, "output": output}
         with scoreboard.counting(quiet=as_json or not leads) as tell:
             if named:
@@ -137,6 +140,7 @@ def generate(
     tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher samples.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    delta: Delta = None,
     runtime: Runtime = GENERATE_RUNTIME,
     device: Device = None,
     revision: Revision = None,
@@ -156,6 +160,7 @@ def generate(
                 device=device,
                 revision=revision,
                 runtime=runtime,
+                delta=delta,
             )
         display.generated(prompt, text, as_json=as_json)
 

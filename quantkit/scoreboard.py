@@ -16,6 +16,7 @@ from rich.table import Table
 
 from quantkit.display import Left, err, facts_table, out, print_json, print_notes
 from quantkit.errors import OutputError
+from quantkit.units import human_size, human_time
 
 if TYPE_CHECKING:
     from quantkit.api import Comparison
@@ -28,23 +29,69 @@ _BAR = 40  # characters of the longest bar of the histogram
 
 
 @contextmanager
-def counting(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar with the time that is left; the yielded function is told (what, done, in all), 0 if not known."""
+def counting(*, quiet: bool) -> Iterator[Callable[..., None]]:
+    """Show a bar with the time that is left; the yielded function is told (what, done, in all), 0 if not known.
+
+    A fourth argument is text that stands beside the count.
+    """
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
     disabled = quiet or not sys.stderr.isatty()
     with Progress(*columns, TimeElapsedColumn(), Left(), console=err, disable=disabled, transient=True) as bar:
 
-        def tell(what: str, done: int, total: int) -> None:
+        def tell(what: str, done: int, total: int, beside: str = "") -> None:
             if not bar.tasks or bar.tasks[0].description != what:
                 for task in bar.task_ids:
                     bar.remove_task(task)
                 bar.add_task(what, total=None, count="")
-            count = f"{done:,} of {total:,}" if total else ""
+            count = ", ".join(filter(None, (f"{done:,} of {total:,}" if total else "", beside)))
             bar.update(bar.task_ids[0], completed=done, total=total or None, count=count)
 
         tell("starting", 0, 0)
 
         yield tell
+
+
+@contextmanager
+def learning(*, quiet: bool) -> Iterator[Callable[[Facts], None]]:
+    """Show a bar over the steps; the yielded function is told the facts of `personalize.loop.Loop.told`."""
+    with counting(quiet=quiet) as tell:
+
+        def told(facts: Facts) -> None:
+            shown = "" if facts["validation"] is None else f", validation {facts['validation']:.4g}"
+            what = f"loss {facts['loss']:.4g}{shown}, memory {human_size(facts['memory_bytes'])}"
+            tell("personalizing", facts["step"], facts["steps"], what)
+
+        yield told
+
+
+def personalized(output: Path, report: Facts, *, as_json: bool) -> None:
+    """Show what a personalization came to."""
+    if as_json:
+        print_json({"output": str(output), **report})
+        return
+    table = facts_table(f"{output}")
+    table.add_row("trained", f"{report['train']}, {report['parameters']:,} parameters, by {report['gradient']}")
+    table.add_row("examples", f"{report['examples']:,}, and {report['validation_examples']:,} to validate with")
+    if report["validations"]:
+        first, best = report["validations"][0][1], min(loss for _, loss in report["validations"])
+        table.add_row("validation", f"{first:.4g} → {best:.4g} at step {report['best_step']}")
+    table.add_row("privacy", escape(str(report.get("ledger", "none"))))
+    table.add_row("size", human_size(report["bytes"]))
+    steps = f"{report['steps']:,} steps, {report['forwards']:,} forward passes"
+    table.add_row(
+        "took", f"{human_time(report['seconds'])}, {steps}, peak memory {human_size(report['peak_memory_bytes'])}"
+    )
+    out.print(table)
+    if report["stopped"]:
+        print_notes(out, [report["stopped"]])
+
+
+def merged(output: Path, size: int, tensors: int, *, as_json: bool) -> None:
+    """Show what a merge wrote."""
+    if as_json:
+        print_json({"output": str(output), "bytes": size, "changed_tensors": tensors})
+    else:
+        out.print(f"{escape(str(output))}: {human_size(size)}, {tensors} tensors differ from the base")
 
 
 def refuse_output(file: Path | None) -> None:

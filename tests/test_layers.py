@@ -31,11 +31,12 @@ LEVELS = [
     {"preparation", "output"},
     {"material", "keeping"},
     {"keywords", "pictures", "pipeline"},
-    {"pruned"},
+    {"merging", "personalization", "pruned"},
     {"api", "catalogue", "display"},
     {"failures", "fault_tables", "flags", "interrupts", "scoreboard"},
     {"running"},
     {"faults_command", "judging", "protect_command", "pruning_command"},
+    {"personalize_command"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -48,7 +49,7 @@ CONFINED = {
     "peft": {"personalize/parameters/lora.py"},
     "sklearn": set(),
     "opacus": set(),
-    "datasets": {"calibrate/text.py"},
+    "datasets": {"calibrate/text.py", "personalize/data.py"},
     "gguf": {"exporters/gguf.py"},
     "lm_eval": {"evaluation/harness.py"},
     "pyarrow": {"calibrate/text.py"},
@@ -58,7 +59,7 @@ CONFINED = {
     "triton": {"runtime/kernels/_triton_code.py"},
     "transformers": {
         *("calibrate/data.py", "calibrate/self_text.py", "model/rotation.py", "model/skeleton.py"),
-        "runtime/packed_model.py",
+        *("runtime/packed_model.py", "personalize/delta.py"),
         *(f"evaluation/{name}.py" for name in ("check", "divergence", "generate", "loading", "perplexity")),
     },
 }

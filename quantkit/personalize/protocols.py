@@ -4,7 +4,7 @@ A `Trainable` puts float32 tensors into a packed model, an `Objective` gives one
 such losses into gradients of those tensors. The rule that makes them independent: an objective never takes a mean.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 Parameters = Mapping[str, nn.Parameter]  # by a name that is the same in every process
-Losses = Callable[[], Tensor]  # of one micro-batch, computed anew at each call: (examples,) float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,24 @@ class Batch:
     label: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Losses:
+    """The losses of one micro-batch, computed anew at each call: (examples,) float32."""
+
+    objective: "Objective"
+    model: nn.Module
+    batch: Batch
+
+    def __call__(self) -> Tensor:
+        """Return them."""
+        return self.objective(self.model, self.batch)
+
+    @property
+    def examples(self) -> int:
+        """How many there are."""
+        return len(self.batch.tokens)
+
+
 class Slot(nn.Module):
     """One tensor that may change, at the place where a forward pass reads it.
 
@@ -43,7 +60,7 @@ class Slot(nn.Module):
     def __init__(self, value: Tensor) -> None:
         """Hold `value` as float32."""
         super().__init__()
-        self.value = nn.Parameter(value.detach().to(torch.float32))
+        self.value = nn.Parameter(value.detach().to(torch.float32, copy=True))
         self.copies: Tensor | None = None
 
     def read(self) -> Tensor:
@@ -68,9 +85,13 @@ class Trainable(Protocol):
     """What may change; a frozen dataclass whose fields are hyper-parameters."""
 
     per_example: ClassVar[bool]  # whether every tensor is read through a `Slot`
+    unmergeable: ClassVar[str]  # why it cannot become a part of a checkpoint; empty: it can
+    rate: ClassVar[float]  # a learning rate that suits Adam
 
     def attach(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Put tensors into `model` that leave its outputs as they are; return those that may change, by name."""
+
+    # where it can be: `settle(model, values)` makes values a part of the model's own tensors, without a hook
 
 
 class Objective(Protocol):

@@ -33,6 +33,14 @@ def fuse(blocks: Sequence[nn.Module]) -> int:
     return len(steps)
 
 
+def fuse_again(model: nn.Module) -> int:
+    """Do for `model` what `fuse` did, after tensors of it were replaced; return how many blocks are fused."""
+    blocks = [module for module in model.modules() if getattr(vars(module).get("forward"), "fused", False)]
+    for block in blocks:
+        block.forward = block.forward.__wrapped__  # type: ignore[attr-defined]
+    return fuse(blocks)
+
+
 def _choose(block: nn.Module, step: "_Step") -> Callable[..., Tensor]:
     """Return a forward that takes the short way where it is one."""
     whole: Callable[..., Tensor] = block.forward
@@ -44,6 +52,7 @@ def _choose(block: nn.Module, step: "_Step") -> Callable[..., Tensor]:
             return step(hidden_states, kwargs["position_embeddings"], kwargs.get("past_key_values"))
         return whole(hidden_states, *args, **kwargs)
 
+    forward.fused = True  # type: ignore[attr-defined]
     return forward
 
 

@@ -1,6 +1,6 @@
 """What a kernel is: the product of activations with a packed weight, on one kind of device."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,3 +56,6 @@ class Kernel(Protocol):
 
         The inputs are float32, bfloat16 or float16 and contiguous; sums are in float32.
         """
+
+    def dense_rows(self, packed: Mapping[str, Tensor], layout: Layout) -> Iterator[Tensor]:
+        """Yield the weight in float32, some rows at a time, in order: (rows, width), valid until the next are asked."""

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any, Self
@@ -13,11 +14,10 @@ from torch.nn import functional
 from quantkit.core.qtensor import QuantizedTensor
 from quantkit.errors import QuantkitWarning, UsageError
 from quantkit.runtime.kernel import Kernel, Layout
-from quantkit.runtime.kernels import native, reference
-from quantkit.runtime.kernels.compiler import CompilerError, library
+from quantkit.runtime.kernels import reference
+from quantkit.runtime.products import HALVES, dense_product, product, scaled_product
 
 KERNELS = {"cuda": "triton_gpu", "cpu": "native"}  # the fast one of each kind of device
-HALVES = (torch.float16, torch.bfloat16)
 
 
 def pick_kernel(device: torch.device, layout: Layout, scale: torch.dtype) -> Kernel:
@@ -39,13 +39,15 @@ def pick_kernel(device: torch.device, layout: Layout, scale: torch.dtype) -> Ker
 
 
 class PackedLinear(nn.Module):
-    """A linear whose weight stays packed; takes the place of `nn.Linear` and of GPT-2's `Conv1D`, for inference.
+    """A linear whose weight stays packed; takes the place of `nn.Linear` and of GPT-2's `Conv1D`.
 
-    Moving it to another device moves the packed weight; changing its dtype changes the bias alone.
+    Gradients pass through it to its inputs and its bias; the weight has none, and so no input is kept for it. Moving it
+    to another device moves the packed weight; changing its dtype changes the bias alone.
     """
 
     bias: Tensor | None
     order: Tensor | None
+    scaling: Callable[[], Tensor] | None = None  # gives other scales than the stored ones, (out, groups) float32
 
     def __init__(
         self,
@@ -79,16 +81,21 @@ class PackedLinear(nn.Module):
         """Return inputs (…, in) times the weight, plus the bias: (…, out).
 
         Raises:
-            UsageError: inputs of another width or on another device, or that want a gradient.
+            UsageError: inputs of another width or on another device.
         """
         self._refuse_unfit(inputs)
         flat = inputs.reshape(-1, self.in_features)
         if self.order is not None:
             flat = flat.index_select(1, self.order)
-        result = self.kernel.linear(flat.contiguous(), self.packed, self.layout)
+        result: Tensor = self._product(flat.contiguous())
         if self.bias is not None:
             result += self.bias
         return result.view(*inputs.shape[:-1], self.out_features)
+
+    def _product(self, flat: Tensor) -> Tensor:
+        if self.scaling is not None:
+            return scaled_product(flat, self.scaling(), self.kernel, self.packed, self.layout)
+        return product(flat, self.kernel, self.packed, self.layout)
 
     @property
     def packed(self) -> dict[str, Tensor]:
@@ -98,6 +105,13 @@ class PackedLinear(nn.Module):
     def unpack(self) -> QuantizedTensor:
         """Return the weight as it was stored, its columns in the stored order."""
         return self.kernel.unpack(self.packed, self.layout)
+
+    def replace_scale(self, scale: Tensor) -> None:
+        """Let `scale` (out, groups), rounded to the dtype of the stored ones, be the scales of the weight."""
+        weight = self.unpack()
+        new = scale.to(weight.scale.device, weight.scale.dtype)
+        packed = self.kernel.pack(replace(weight, scale=new))
+        self._buffers["scale"] = packed["scale"]
 
     def extra_repr(self) -> str:
         """Say what is packed."""
@@ -110,8 +124,6 @@ class PackedLinear(nn.Module):
             raise UsageError(f"a packed linear has {self.in_features} input features, not {inputs.shape[-1]}")
         if inputs.device != (place := self._place()):
             raise UsageError(f"inputs are on {inputs.device} but the packed weight is on {place}; move one of them")
-        if inputs.requires_grad and torch.is_grad_enabled():
-            raise UsageError("packed weights are for inference: no gradient passes them; use torch.no_grad()")
 
     def _place(self) -> torch.device:
         device: torch.device = self._buffers[self._names[0]].device  # type: ignore[union-attr]
@@ -156,8 +168,7 @@ class HalfLinear(nn.Module):
         """Return inputs (…, in) times the weight, plus the bias: (…, out), of the inputs' dtype."""
         if inputs.dtype != torch.float32 or self.weight.dtype not in HALVES:
             return functional.linear(inputs, self.weight.to(inputs.dtype), self.bias)
-        flat = inputs.reshape(-1, self.in_features).contiguous()
-        result = native.dense_linear(flat, self.weight) if _native(flat, self.weight) else _in_parts(flat, self.weight)
+        result: Tensor = dense_product(inputs.reshape(-1, self.in_features).contiguous(), self.weight)
         if self.bias is not None:
             result += self.bias
         return result.view(*inputs.shape[:-1], self.out_features)
@@ -186,25 +197,6 @@ def narrow_modules(model: nn.Module) -> dict[str, nn.Module]:
     kinds: dict[type[nn.Module], Callable[[Any], nn.Module]] = {nn.Linear: HalfLinear, nn.Embedding: HalfEmbedding}
     named = model.named_modules()
     return {name: kinds[type(module)](module) for name, module in named if type(module) in kinds}
-
-
-def _native(inputs: Tensor, weight: Tensor) -> bool:
-    on_cpu = inputs.device.type == weight.device.type == "cpu"
-    return on_cpu and len(inputs) <= native.DENSE_TOKENS and weight.is_contiguous() and _compiled()
-
-
-@cache
-def _compiled() -> bool:
-    try:
-        library(native.ANY_BITS)
-    except CompilerError:
-        return False
-    return True
-
-
-def _in_parts(inputs: Tensor, weight: Tensor) -> Tensor:
-    rows = max(1, reference.ELEMENTS // weight.shape[1])
-    return torch.cat([inputs @ part.to(inputs.dtype).T for part in weight.split(rows)], dim=1)
 
 
 def _with_short_scale(weight: QuantizedTensor) -> QuantizedTensor:

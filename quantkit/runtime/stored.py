@@ -27,7 +27,8 @@ from quantkit.resilience.places import attached
 from quantkit.resilience.scales import guard_bits, repair_scales
 from quantkit.resilience.side_file import COPIES, vote
 from quantkit.runtime import packed_model
-from quantkit.runtime.linear import HALVES, PackedLinear
+from quantkit.runtime.linear import PackedLinear
+from quantkit.runtime.products import HALVES
 from quantkit.runtime.reading import reader
 
 STORED = ("codes", "scales", "zeros", "norms", "embeddings", "dense", "bounds")

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 import quantkit
 from quantkit.errors import QuantkitError
+from quantkit.personalization import personalize
 
 FEW = {"method": "rtn", "wbits": 4, "group_size": 32, "samples": 2, "seqlen": 16, "calibration": "embedded"}
 TEXT = {"samples": 2, "seqlen": 16, "calibration": "embedded"}
@@ -119,6 +120,14 @@ def work(tmp_path_factory, tiny_rtn_w4):
     return home
 
 
+def learned(room, **options):
+    """Let the packed model learn from a few lines; return the delta."""
+    lines, delta = room / "lines.jsonl", room / "delta.safetensors"
+    lines.write_text("".join(f'{{"text": "The cat said {number}."}}\n' for number in range(8)))
+    few = {"steps": 2, "validate_every": 1, "batch_size": 4, "validation": 0.25, "overwrite": True}
+    return personalize(room / "w4", lines, output=delta, **few, **options).output
+
+
 VERBS = {
     "make_recipe": lambda _: quantkit.make_recipe("tiny", preset="best"),
     "plan": lambda _: quantkit.plan("tiny", **FEW),
@@ -144,6 +153,14 @@ VERBS = {
     "prune": lambda room: quantkit.prune("tiny", output=room / "out", method="wanda", **TEXT),
     "prune_module": lambda _: quantkit.prune_module(copy.deepcopy(LINEAR), sparsity=0.5),
     "apply_masks": lambda _: quantkit.apply_masks(copy.deepcopy(LINEAR), {"weight": torch.eye(8).bool()}),
+    "merge": lambda room: quantkit.merge(room / "w4", learned(room), output=room / "out", rounded=True),
+    "merge, refused": lambda room: quantkit.merge(room / "w4", learned(room, train="lora"), output=room / "out"),
+    "replay": lambda room: quantkit.replay(
+        room / "w4",
+        learned(room, gradient="mezo", journal=room / "journal").with_name("journal"),
+        output=room / "again.safetensors",
+        overwrite=True,
+    ),
     "load": lambda room: quantkit.load(room / "w4"),
     "load, refused": lambda _: quantkit.load("tiny"),
 }

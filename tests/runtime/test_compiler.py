@@ -13,7 +13,7 @@ from packed import layout_of, random_weight, scheme
 
 import quantkit
 from quantkit.errors import QuantkitWarning
-from quantkit.runtime import linear
+from quantkit.runtime import linear, products
 from quantkit.runtime.kernels import compiler, native, reference
 from quantkit.runtime.kernels.compiler import CompilerError
 
@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(not any(map(shutil.which, compiler.COMPILERS
 def fresh(tmp_path, monkeypatch):
     """An empty cache, and nothing loaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    caches = (compiler.library, linear._compiled, linear._warn)
+    caches = (compiler.library, products._compiled, linear._warn)
     for cached in caches:
         cached.cache_clear()
     yield tmp_path / "quantkit"
@@ -107,7 +107,7 @@ def test_a_model_without_a_compiler(fresh, monkeypatch, tiny_rtn_w4):
     tokens = torch.arange(3, 20).unsqueeze(0)
     with torch.no_grad():
         expected = quantkit.load(tiny_rtn_w4, device="cpu")(tokens).logits
-        linear._compiled.cache_clear()
+        products._compiled.cache_clear()
         compiler.library.cache_clear()
         monkeypatch.setenv("CXX", "no-such-compiler")
         with pytest.warns(QuantkitWarning, match="torch alone"):

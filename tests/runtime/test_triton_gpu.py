@@ -285,3 +285,12 @@ def test_the_bench_says_that_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_kernel.py"])
     with pytest.raises(SystemExit, match="torch finds no CUDA device; run it where there is one"):
         importlib.import_module("gpu_kernel").main()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_dense_rows_are_the_weight_to_the_bit(bits, monkeypatch):
+    monkeypatch.setattr(triton_gpu, "CHUNK", 96 * 2)
+    weight = make(5, 96, QuantScheme(bits=bits, group_size=32, symmetric=bits % 2 == 0))
+    rows = [part.clone() for part in KERNEL.dense_rows(KERNEL.pack(weight), layout_of(weight))]
+    assert [len(part) for part in rows] == [2, 2, 1]
+    assert torch.equal(torch.cat(rows), weight.dequantize().float())

@@ -7,7 +7,7 @@ by arithmetic: there a part of the weight at a time is made dense and multiplied
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from ctypes import Array, byref
 
 import torch
@@ -83,6 +83,11 @@ class Native:
         weights = (Weight * 1)(weight_at(packed, layout))
         return products(wide, weights, layout.out, layout).to(inputs.dtype)
 
+    def dense_rows(self, packed: Mapping[str, Tensor], layout: Layout) -> Iterator[Tensor]:
+        """See `Kernel.dense_rows`."""
+        for first, part in _dense_parts(packed, layout, torch.float32):
+            yield part[:, : layout.out - first].T
+
 
 KERNEL = Native()
 
@@ -140,20 +145,25 @@ def _few(dtype: torch.dtype, layout: Layout) -> float:
 
 def _through_dense(inputs: Tensor, packed: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """Multiply by some rows at a time, made dense and transposed in a buffer that stays in the cache."""
-    narrow = inputs.dtype == torch.bfloat16
-    inputs = inputs if narrow else inputs.float()
+    inputs = inputs if inputs.dtype == torch.bfloat16 else inputs.float()
+    result = inputs.new_empty(len(inputs), len(packed["codes"]) * LANES)
+    for first, part in _dense_parts(packed, layout, inputs.dtype):
+        torch.mm(inputs, part, out=result[:, first : first + part.shape[1]])
+    return result[:, : layout.out].contiguous()
+
+
+def _dense_parts(packed: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Yield which row is the first, and some rows: (width, rows), transposed in a buffer, those of padding included."""
     weight, panels = byref(weight_at(packed, layout)), len(packed["codes"])
-    at_once = min(panels, max(1, DENSE_BYTES // (LANES * layout.width * inputs.element_size())))
-    dense = inputs.new_empty(at_once * LANES * layout.width)
-    result = inputs.new_empty(len(inputs), panels * LANES)
+    at_once = min(panels, max(1, DENSE_BYTES // (LANES * layout.width * dtype.itemsize)))
+    dense = torch.empty(at_once * LANES * layout.width, dtype=dtype)
     for first in range(0, panels, at_once):
         last = min(first + at_once, panels)
         part = dense[: (last - first) * LANES * layout.width].view(layout.width, -1)
         library(layout.scheme.bits).quantkit_dequantize(
-            weight, first, last, part.data_ptr(), narrow, torch.get_num_threads()
+            weight, first, last, part.data_ptr(), dtype == torch.bfloat16, torch.get_num_threads()
         )
-        torch.mm(inputs, part, out=result[:, first * LANES : last * LANES])
-    return result[:, : layout.out].contiguous()
+        yield first * LANES, part
 
 
 def _pack_rows(codes: Tensor, bits: int, offset: int) -> Tensor:

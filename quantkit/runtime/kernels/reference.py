@@ -48,6 +48,10 @@ class Reference:
             first += len(part)
         return result.to(inputs.dtype)
 
+    def dense_rows(self, packed: Mapping[str, Tensor], layout: Layout) -> Iterator[Tensor]:
+        """See `Kernel.dense_rows`."""
+        return self._dense_rows(packed, layout, torch.float32)
+
     def _dense_rows(self, packed: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype) -> Iterator[Tensor]:
         rows = max(1, ELEMENTS // layout.width)
         for first in range(0, layout.out, rows):

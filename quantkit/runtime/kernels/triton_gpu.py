@@ -26,7 +26,7 @@ The kernels themselves are in `_triton_code.py`, which is imported when it is ne
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -147,11 +147,24 @@ class TritonGpu:
         """See `Kernel.linear`."""
         if not len(inputs):
             return inputs.new_empty(0, layout.width if layout.transposed else layout.out)
-        codes = [packed[name] for name in _names(layout)]
-        unused = [codes[0]] * (3 - len(codes))
-        weight = [*codes, *unused, packed["scale"], packed.get("zero_point", packed["scale"])]
         with torch.no_grad(), torch.cuda.device_of(inputs):
-            return _way(inputs, layout)(inputs, weight, layout)
+            return _way(inputs, layout)(inputs, _arguments(packed, layout), layout)
+
+    def dense_rows(self, packed: Mapping[str, Tensor], layout: Layout) -> Iterator[Tensor]:
+        """See `Kernel.dense_rows`."""
+        rows = min(layout.out, max(1, CHUNK // layout.width))
+        dense = packed["scale"].new_empty(rows, layout.width, dtype=torch.float32)
+        for start in range(0, layout.out, rows):
+            with torch.cuda.device_of(dense):
+                part = _dequantize(_arguments(packed, layout), start, dense[: layout.out - start], layout)
+            yield part
+
+
+def _arguments(packed: Mapping[str, Tensor], layout: Layout) -> list[Tensor]:
+    """Return the tensors in the order in which the compiled functions take them."""
+    codes = [packed[name] for name in _names(layout)]
+    unused = [codes[0]] * (3 - len(codes))
+    return [*codes, *unused, packed["scale"], packed.get("zero_point", packed["scale"])]
 
 
 @cache

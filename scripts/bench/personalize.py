@@ -1,0 +1,208 @@
+"""Personalizing a packed model of 4 bits: what each way reaches, in how many steps, and what it takes.
+
+    python scripts/bench/personalize.py MODEL e2e DIRECTORY --seeds 3
+    python scripts/bench/personalize.py MODEL sst2 DIRECTORY --seeds 3 --methods zero-shot backprop-bias mezo-bias
+
+DIRECTORY holds devset.csv of the E2E data (restaurant descriptions: a style that the model has not seen; judged by the
+loss of the answer in nats per token) or train.tsv and dev.tsv of SST-2 (judged by accuracy). A MODEL that is not packed
+is rounded to 4 bits in groups of 32 first. Every cell runs in a process of its own, whose peak of memory is its figure;
+that of zero-shot is what evaluation takes at the same batch.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Figures, cell, markdown, parser
+from common import machine as name_machine
+
+from quantkit import api
+from quantkit.calibrate.data import load_tokenizer
+from quantkit.evaluation.loading import quiet
+from quantkit.host import peak_memory
+from quantkit.model import names
+from quantkit.model.skeleton import read_config
+from quantkit.personalization import personalize
+from quantkit.personalize import choices
+from quantkit.personalize.data import Form, batch, examples, read_rows, word_tokens
+
+PRIVATE = {"gradient": "dp", "delta": 1e-5, "batch_size": 128, "micro_batch": 8, "lr": 5e-3}
+MEZO = {"gradient": "mezo", "batch_size": 16, "micro_batch": 8}
+METHODS: dict[str, dict[str, Any] | None] = {
+    "zero-shot": None,
+    "backprop-bias": {"train": "bias", "steps": 300},
+    "backprop-norm": {"train": "norm", "steps": 300},
+    "lora": {"train": "lora", "steps": 300},
+    "dp-3": {"train": "bias", "steps": 300, "epsilon": 3.0, **PRIVATE},
+    "dp-8": {"train": "bias", "steps": 300, "epsilon": 8.0, **PRIVATE},
+    "mezo-bias": {"train": "bias", "steps": 3000, "lr": 1e-3, **MEZO},
+    "mezo-accuracy": {"train": "bias", "steps": 3000, "lr": 1e-3, "objective": "metric", **MEZO},
+}
+TEMPLATE = "{sentence}. It was"
+WORDS = {"0": " terrible", "1": " great"}
+HIGHER = {"e2e": False, "sst2": True}  # whether more is better
+
+
+def rows_of(task: str, directory: Path, part: str) -> list[dict[str, Any]]:
+    """Return the rows of a part, train or test, which have no example in common."""
+    if task == "sst2":
+        file = directory / ("train.tsv" if part == "train" else "dev.tsv")
+        lines = [line.rsplit("\t", 1) for line in file.read_text(encoding="utf-8").splitlines()]
+        return [{"sentence": text, "label": label} for text, label in lines]
+    with (directory / "devset.csv").open(encoding="utf-8", newline="") as file:
+        rows = [{"prompt": f"{row['mr']}\n", "answer": row["ref"]} for row in csv.DictReader(file)]
+    meanings = sorted({row["prompt"] for row in rows})
+    kept = set(meanings[::5])  # of a meaning all descriptions are in one part
+    return [row for row in rows if (row["prompt"] in kept) == (part == "test")]
+
+
+def drawn(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+    """Return some rows, drawn at random."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
+    return [rows[i] for i in order.tolist()]
+
+
+def packed(args: argparse.Namespace) -> str:
+    """Return the directory of the packed model, which is made if there is none."""
+    source = names.resolve(args.model).path
+    if getattr(read_config(source), "quantization_config", None) is not None:
+        return str(source)
+    output = args.work / f"{source.name}-w4g32"
+    if not output.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        api.quantize(source, output=output, method="rtn", wbits=4, group_size=32, device=args.device)
+    return str(output)
+
+
+@torch.no_grad()
+def judged(args: argparse.Namespace, model: str, delta: Path | None) -> float:
+    """Return the loss in nats per token, or the accuracy, on test examples."""
+    loaded = api.load(model, device=args.device, delta=delta)
+    with quiet():
+        tokenizer = load_tokenizer(names.resolve(model).path)
+    form = Form(length=args.seqlen, template=TEMPLATE, words=WORDS if args.task == "sst2" else {})
+    rows = drawn(rows_of(args.task, args.data, "test"), args.test_examples, seed=0)
+    items = examples(rows, tokenizer, form)
+    if args.task == "sst2":
+        words = tuple(word_tokens(form, tokenizer).values())
+        objective = choices.build("objectives", "metric", {"words": words})
+    else:
+        objective = choices.build("objectives", "language-model")
+    total = 0.0
+    for first in range(0, len(items), args.batch_size):
+        total += float(objective(loaded, batch(items[first : first + args.batch_size], args.device)).double().sum())
+    loss = total / len(items)
+    return 1 - loss if args.task == "sst2" else loss
+
+
+def one(args: argparse.Namespace) -> Figures:
+    """Run the one cell of this process."""
+    name, seed = args.one
+    torch.set_num_threads(args.threads)
+    model, options = packed(args), METHODS[name]
+    if options is None:
+        start = time.monotonic()
+        metric = judged(args, model, None)
+        return {"metric": metric, "peak_memory": peak_memory(), "seconds": time.monotonic() - start}
+    with tempfile.TemporaryDirectory() as directory:
+        data, output = Path(directory) / "data.jsonl", Path(directory) / "delta.safetensors"
+        rows = drawn(rows_of(args.task, args.data, "train"), args.examples, seed=int(seed))
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        read_rows(data)  # so that what reading takes is in the peak of every cell
+        given = {"batch_size": args.batch_size, "objective": "lm", **options}
+        if args.task == "sst2":
+            given = {**given, "words": WORDS, "template": TEMPLATE}
+            given["objective"] = options.get("objective", "classification")
+        if args.steps:
+            given["steps"] = args.steps
+        made = personalize(
+            model, data, output=output, seqlen=args.seqlen, seed=int(seed), device=args.device, validation=0.1, **given
+        )
+        peak = peak_memory()
+        keep = ("steps", "seconds", "forwards", "bytes", "parameters", "best_step", "ledger")
+        return {
+            "metric": judged(args, model, output),
+            "peak_memory": peak,
+            **{key: made.report[key] for key in keep},
+        }
+
+
+def elsewhere(name: str, seed: int) -> Figures:
+    """Run a cell in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", name, str(seed)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    figures: Figures = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def _arguments() -> argparse.Namespace:
+    made = parser(__doc__, text=False)
+    made.add_argument("model")
+    made.add_argument("task", choices=list(HIGHER))
+    made.add_argument("data", type=Path, help="directory of the task's files")
+    made.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--examples", type=int, default=1000, help="to learn from, a tenth of them to validate with")
+    made.add_argument("--test-examples", type=int, default=400)
+    made.add_argument("--seqlen", type=int, default=128)
+    made.add_argument("--batch-size", type=int, default=8)
+    made.add_argument("--steps", type=int, help="instead of each method's own number")
+    made.add_argument("--work", type=Path, default=Path(".bench"), help="where finished cells are kept, one file each")
+    made.add_argument("--table", action="store_true", help="run nothing, print what is there")
+    made.add_argument("--one", nargs=2, metavar=("METHOD", "SEED"), help=argparse.SUPPRESS)
+    return made.parse_args()
+
+
+def row(task: str, name: str, runs: list[Figures]) -> tuple[str, ...]:
+    """Return a row of the table: means over seeds, the metric with its standard deviation."""
+
+    def mean(key: str) -> float:
+        return statistics.mean(run[key] for run in runs)
+
+    values = [run["metric"] for run in runs]
+    scale = 100 if HIGHER[task] else 1
+    spread = f" ± {scale * statistics.stdev(values):.{1 if scale > 1 else 3}f}" if len(values) > 1 else ""
+    shown = f"{scale * statistics.mean(values):.{1 if scale > 1 else 3}f}{spread}"
+    peak = f"{mean('peak_memory') / 2**20:.0f}"
+    if name == "zero-shot":
+        return name, shown, "–", "–", f"{mean('seconds'):.0f}", peak, "–"
+    counts = f"{mean('steps'):.0f}", f"{mean('forwards'):.0f}"
+    return name, shown, *counts, f"{mean('seconds'):.0f}", peak, f"{mean('bytes') / 1024:.0f}"
+
+
+def main() -> None:
+    """Compute what is missing, print the table."""
+    args = _arguments()
+    if args.one:
+        print(json.dumps(one(args)))
+        return
+    machine = name_machine(args)
+    shared = ("model", "task", "examples", "test_examples", "seqlen", "batch_size", "steps", "threads", "device")
+    key = {name: str(getattr(args, name)) for name in shared}
+    rows = []
+    for name in args.methods:
+        if name == "mezo-accuracy" and args.task != "sst2":
+            continue
+        runs = []
+        for seed in range(1 if METHODS[name] is None else args.seeds):
+            file = f"personalize-{args.task}-{Path(args.model).name}-{name}-{seed}"
+            settings = {**key, "method": json.dumps(METHODS[name]), "seed": str(seed)}
+            figures = cell(args, file, settings, lambda n=name, s=seed: elsewhere(n, s))
+            runs += [figures] if figures else []
+        if runs:
+            rows.append(row(args.task, name, runs))
+    metric = "accuracy, %" if HIGHER[args.task] else "loss, nats per token"
+    print(markdown(("method", metric, "steps", "forward passes", "seconds", "peak MiB", "delta KiB"), rows))
+    print(f"\n{machine}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
