@@ -26,9 +26,13 @@ if TYPE_CHECKING:
         prune,
         quantize,
     )
+    from quantkit.campaign import faults
     from quantkit.merging import Merged, merge
     from quantkit.modules import apply_masks, prune_module
     from quantkit.personalization import Personalized, replay
+    from quantkit.protection import Protected, protect, protect_scales
+    from quantkit.resilience.choice import Resilience
+    from quantkit.resilience.modules import bound_module
     from quantkit.train.masked import Masks
 
 # none of these may be the name of a submodule too, which would take its place when it is imported
@@ -39,19 +43,25 @@ __all__ = [
     "Masks",
     "Merged",
     "Personalized",
+    "Protected",
     "Pruned",
     "Quantized",
+    "Resilience",
     "apply_masks",
+    "bound_module",
     "check",
     "compare",
     "evaluate",
     "evaluate_tasks",
     "export",
+    "faults",
     "generate",
     "load",
     "make_recipe",
     "merge",
     "plan",
+    "protect",
+    "protect_scales",
     "prune",
     "prune_module",
     "quantize",
@@ -61,8 +71,14 @@ _ELSEWHERE = {
     "Masks": "quantkit.train.masked",
     "Merged": "quantkit.merging",
     "Personalized": "quantkit.personalization",
+    "Protected": "quantkit.protection",
+    "Resilience": "quantkit.resilience.choice",
     "apply_masks": "quantkit.modules",
+    "bound_module": "quantkit.resilience.modules",
+    "faults": "quantkit.campaign",
     "merge": "quantkit.merging",
+    "protect": "quantkit.protection",
+    "protect_scales": "quantkit.protection",
     "prune_module": "quantkit.modules",
     "replay": "quantkit.personalization",
 }

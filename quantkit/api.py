@@ -115,13 +115,14 @@ def plan(
 
 
 @usual_settings()
-def load(
+def load(  # noqa: PLR0913
     model: str | Path,
     *,
     device: str | None = None,
     dtype: torch.dtype | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
+    bounds: bool = True,
     delta: str | Path | None = None,
 ) -> Model:
     """Return a packed checkpoint as a transformers model whose linears compute from the packed codes.
@@ -138,15 +139,15 @@ def load(
         dtype: of activations and of what is not packed; None: float32 on a CPU, as stored on a GPU.
         device_map: `auto`, or module names and their devices, as accelerate has it; instead of `device`.
         revision: revision on the Hub.
+        bounds: bound activations where `quantkit protect` left bounds beside the checkpoint.
         delta: what `personalize` wrote for this model.
 
     Raises:
-        ModelError: a delta of another model;
-            not packed, in a way that cannot be run packed, incomplete or damaged.
+        ModelError: not packed, not to be run packed, incomplete or damaged; a delta or bounds of another model.
         UsageError: a device or a map that cannot be used.
     """
     source = names.resolve(str(model), revision=revision)
-    loaded = packed_model.load(source.path, device=device, dtype=dtype, device_map=device_map)
+    loaded = packed_model.load(source.path, device=device, dtype=dtype, device_map=device_map, bounds=bounds)
     if delta is not None:
         apply(loaded, source.path, delta)
     return loaded

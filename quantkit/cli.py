@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit import display, judging, personalize_command, pruning_command
+from quantkit import display, faults_command, judging, personalize_command, protect_command, pruning_command
 from quantkit.errors import CheckFailure, UsageError, nearest
 from quantkit.failures import OneLine, alone, errors, launched
 from quantkit.flags import (
@@ -134,6 +134,10 @@ def quantize(
             help="Any other hyper-parameter; `distill.updates=0` means that of one pass; repeatable.",
         ),
     ] = None,
+    resilience: Annotated[
+        str | None,
+        typer.Option(help="Bound activations against flipped bits: hybrid, layer, neuron or ranger; see protect."),
+    ] = None,
     seed: Seed = None,
     device: Device = None,
     memory: Memory = None,
@@ -184,6 +188,7 @@ def quantize(
                 **given({**scheme, **text, "rotate": rotate, "seed": seed, "revision": revision}),
                 **({"ignore": tuple(ignore)} if ignore else {}),
                 **({"formats": _formats(format_)} if format_ else {}),
+                **({"resilience": _resilience(resilience)} if resilience else {}),
                 **({"group_size": _group_size(group_size)} if group_size else {}),
             },
             method=method,
@@ -267,6 +272,8 @@ def export(
 
 
 app.command()(pruning_command.prune)
+app.command()(protect_command.protect)
+app.command()(faults_command.faults)
 app.command()(personalize_command.personalize)
 app.command()(personalize_command.merge)
 for command in (judging.evaluate, judging.compare, judging.generate):
@@ -317,6 +324,12 @@ def _recipe(model: str | None, file: Path | None, changes: dict[str, Any], **how
     if model is not None:
         return from_defaults(model, changes, **how)
     raise UsageError("name a model: quantkit quantize MODEL -o DIRECTORY (quantkit list models shows aliases)")
+
+
+def _resilience(kind: str) -> Any:  # noqa: ANN401  a Resilience, whose module waits for torch
+    from quantkit.resilience.choice import Resilience
+
+    return Resilience.parse(kind)
 
 
 def _formats(text: str) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.recipe import Recipe, from_defaults
+from quantkit.resilience.choice import Resilience
 
 
 def make_recipe(
@@ -27,7 +28,8 @@ def make_recipe(
         fields: `wbits` or `target_bpw` (bits chosen by measured loss), `group_size` (None: one scale per row),
             `symmetric`; `abits`, `symmetric_activations`, `kv_bits`; `rotate`; `ignore` (globs); `calibration` (a name,
             a file, or `self`: text that the model writes), `samples`, `seqlen`, `batch_size`, `allow_short`; `seed`,
-            `revision`; `formats` (what to write besides compressed-tensors).
+            `revision`; `formats` (what to write besides compressed-tensors); `resilience` (bounds on activations: a
+            kind such as `hybrid`, or a `Resilience`).
 
     Raises:
         UsageError: a value that is out of range, an unknown method, preset, field or hyper-parameter, or a method and a
@@ -42,6 +44,8 @@ def make_recipe(
     changes = {
         renamed.get(name, name): str(value) if isinstance(value, Path) else value for name, value in fields.items()
     }
+    if isinstance(changes.get("resilience"), str):
+        changes["resilience"] = Resilience.parse(changes["resilience"])
     for name in {"ignore", "formats"} & changes.keys():
         changes[name] = tuple(changes[name])
     return from_defaults(str(model), changes, method=method, preset=preset, prune=prune, options=options)

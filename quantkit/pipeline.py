@@ -24,6 +24,7 @@ from quantkit.model.writer import Shards, Writer
 from quantkit.output import Sink, as_json, write_side_files
 from quantkit.planning import Plan
 from quantkit.preparation import Prepared, identity, prepare, refuse_what_cannot_work
+from quantkit.protection import NOTICE, SAMPLES, add_bounds
 from quantkit.provenance import Timed, machine, tokens_sha256, versions
 from quantkit.shares import with_samples
 from quantkit.sparsities import pruned_facts
@@ -151,11 +152,22 @@ def _run(
         report = _report(prepared, reports, tokens, sink, hashes, keeper)
         report |= {"whole": whole, "source_sha256": digests, "measured": _measured(place, sink, engine, keeper)}
         writer.write_text(REPORT, as_json(report))
-        for name in further(prepared.recipe.formats):
-            watch.stage(f"exporting {name}")
-            export(writer.directory, format=name)
+        _add_to_output(prepared, writer, report, tokens, watch)
         writer.finish()
     return report
+
+
+def _add_to_output(prepared: Prepared, writer: Writer, report: dict[str, Any], tokens: Tensor, watch: Timed) -> None:
+    """Make what is made of the whole packed checkpoint: bounds, further formats."""
+    if prepared.recipe.resilience:
+        watch.stage("bounding activations")
+        device, choice = str(prepared.plan.device), prepared.recipe.resilience
+        report["resilience"] = add_bounds(writer.directory, choice, tokens[:SAMPLES], device=device)
+        report["notes"].append(NOTICE)
+        writer.write_text(REPORT, as_json(report))
+    for name in further(prepared.recipe.formats):
+        watch.stage(f"exporting {name}")
+        export(writer.directory, format=name)
 
 
 def _follow(prepared: Prepared, output: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from quantkit.model.rotation import Rotation
 from quantkit.model.skeleton import Skeleton
 from quantkit.model.writer import refuse_existing, refuse_full_disk
 from quantkit.planning import Plan, make_plan
+from quantkit.protection import refuse_unprotectable
 from quantkit.provenance import versions
 from quantkit.recipe import Recipe
 from quantkit.shares import refuse_too_large
@@ -55,6 +56,8 @@ def prepare(recipe: Recipe, device: str | None = None, memory: int | None = None
     plan = make_plan(skeleton, _share(recipe, team), pick_device(team.device(device)), share)
     _refuse_formats(recipe, source, plan)
     refuse_too_large(plan, recipe)
+    if recipe.resilience:
+        refuse_unprotectable(skeleton, recipe.resilience)
     rotation = Rotation.of(skeleton, recipe.seed) if recipe.rotate else None
     return Prepared(recipe=recipe, source=source, skeleton=skeleton, plan=plan, rotation=rotation, team=team)
 

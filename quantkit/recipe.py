@@ -14,6 +14,7 @@ from quantkit.calibrate.passes import Pass, refuse_wrong_passes
 from quantkit.core.scheme import MAX_BITS, MIN_BITS, QuantScheme
 from quantkit.errors import UsageError
 from quantkit.fields import build_dataclass, refuse_misfits, refuse_unknown
+from quantkit.resilience.choice import Resilience
 from quantkit.untrusted import parse_toml, read_document
 
 R = TypeVar("R", bound="Recipe")
@@ -66,6 +67,7 @@ class Recipe:
         rotate: rotate the residual stream by a random Hadamard matrix, folded into the weights.
         calibration: the text.
         formats: what is written, besides compressed-tensors in any case.
+        resilience: bounds on the activations of what was made; None: none.
         seed: seed of everything random.
     """
 
@@ -79,6 +81,7 @@ class Recipe:
     rotate: bool = False
     calibration: Calibration = field(default_factory=Calibration)
     formats: tuple[str, ...] = ()
+    resilience: Resilience | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -91,6 +94,8 @@ class Recipe:
             methods.find("exporters", name)
         if self.dense and (self.formats or self.rotate or self.target_bpw is not None):
             raise UsageError("pruned weights that are not rounded are written as they are; leave out formats and bits")
+        if self.dense and self.resilience:
+            raise UsageError("bounds are applied to packed models, and these weights stay dense; leave out resilience")
         if self.target_bpw is None:
             return
         if not isfinite(self.target_bpw):
@@ -149,6 +154,7 @@ class Recipe:
             "formats": list(self.formats),
             "scheme": asdict(self.scheme) | ({} if self.target_bpw is None else {"bits": None}),
             "calibration": asdict(self.calibration),
+            "resilience": asdict(self.resilience) if self.resilience else None,
             "passes": steps,
         }
         return tomli_w.dumps(_without_none(table))
@@ -169,6 +175,8 @@ class Recipe:
                 table["scheme"] = build_dataclass(QuantScheme, table["scheme"])
             text = table.pop("calibration", {})
             table["calibration"] = build_dataclass(Calibration, text)
+            if "resilience" in table:
+                table["resilience"] = _read_resilience(table["resilience"])
             table |= {name: tuple(table.pop(name, ())) for name in ("ignore", "formats")}
             if model is not None:
                 table["model"] = model
@@ -349,6 +357,11 @@ def _read_passes(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"it names the pass {name} twice")
         steps[name] = entry
     return steps
+
+
+def _read_resilience(table: Mapping[str, Any]) -> Any:  # noqa: ANN401  a Resilience
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
+    return build_dataclass(Resilience, values)
 
 
 def _method(name: str) -> Any:  # noqa: ANN401  the class of a pass

@@ -9,7 +9,7 @@ only the linears' inputs are quantized, and whoever plans a run says so.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
@@ -48,7 +48,6 @@ class Activations:
         meant = {id(linear) for linear in self.linears}
         candidates = attentions(module) if heads else []
         self.attentions = [found for found in candidates if any(id(part) in meant for part in found.modules())]
-        self.interfaces = {id(found): found for found in map(_interface, self.attentions)}.values()
 
     @contextmanager
     def quantized(self) -> Iterator[None]:
@@ -59,35 +58,8 @@ class Activations:
                 for linear in self.linears:
                     stack.callback(linear.register_forward_pre_hook(shared.quantize).remove)
             if self.scheme.key_value_bits != UNQUANTIZED:
-                for interface in self.interfaces:
-                    stack.enter_context(self._replaced(interface))
+                stack.enter_context(changed_heads(self.attentions, lambda _, *heads: self._quantize_heads(*heads)))
             yield
-
-    @contextmanager
-    def _replaced(self, interface: Any) -> Iterator[None]:  # noqa: ANN401  transformers' mapping of functions
-        """Let `interface` answer with functions that quantize first, for the attention modules that are meant."""
-        before, original = vars(interface).get("get_interface"), interface.get_interface
-        meant = {id(found) for found in self.attentions}
-
-        def get_interface(*args: Any, **kwargs: Any) -> Callable[..., Any]:  # noqa: ANN401
-            attend: Callable[..., Any] = original(*args, **kwargs)
-
-            def quantizing(asking: nn.Module, *heads: Tensor, **named: Any) -> Any:  # noqa: ANN401
-                """Attend with the first three of `heads`, Q, K and V, quantized; what follows them is not."""
-                if id(asking) in meant:
-                    heads = (*self._quantize_heads(*heads[:3]), *heads[3:])
-                return attend(asking, *heads, **named)
-
-            return quantizing
-
-        interface.get_interface = get_interface
-        try:
-            yield
-        finally:
-            if before is None:
-                del interface.get_interface  # the class's own is underneath
-            else:
-                interface.get_interface = before
 
     def _quantize_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return Q, K and V, (batch, heads, tokens, features) each, per token and head.
@@ -117,6 +89,48 @@ def quantize_activations(model: nn.Module, linears: Iterable[str], scheme: Quant
             return forward(*args, **kwargs)
 
     model.forward = quantizing
+
+
+@contextmanager
+def changed_heads(found: Sequence[nn.Module], change: Callable[..., tuple[Tensor, ...]]) -> Iterator[None]:
+    """Let the attention modules `found` attend with change(module, Q, K, V) until the end of the context.
+
+    Q, K and V are (batch, heads, tokens, features), keys after the rotary embedding; what is cached stays as it is.
+    """
+    with ExitStack() as stack:
+        for interface in {id(each): each for each in map(_interface, found)}.values():
+            stack.enter_context(_replaced(interface, {id(each) for each in found}, change))
+        yield
+
+
+@contextmanager
+def _replaced(
+    interface: Any,  # noqa: ANN401  transformers' mapping of functions
+    meant: set[int],
+    change: Callable[..., tuple[Tensor, ...]],
+) -> Iterator[None]:
+    """Let `interface` answer with functions that change the heads first, for the attention modules that are meant."""
+    before, original = vars(interface).get("get_interface"), interface.get_interface
+
+    def get_interface(*args: Any, **kwargs: Any) -> Callable[..., Any]:  # noqa: ANN401
+        attend: Callable[..., Any] = original(*args, **kwargs)
+
+        def changing(asking: nn.Module, *heads: Tensor, **named: Any) -> Any:  # noqa: ANN401
+            """Attend with the first three of `heads`, Q, K and V, changed; what follows them is not."""
+            if id(asking) in meant:
+                heads = (*change(asking, *heads[:3]), *heads[3:])
+            return attend(asking, *heads, **named)
+
+        return changing
+
+    interface.get_interface = get_interface
+    try:
+        yield
+    finally:
+        if before is None:
+            del interface.get_interface  # the class's own is underneath
+        else:
+            interface.get_interface = before
 
 
 class _Shared:

@@ -23,6 +23,9 @@ from quantkit.model.activations import quantize_activations
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.device import pick_device
 from quantkit.model.skeleton import LINEARS, Skeleton, read_config, read_generation_config
+from quantkit.resilience import side_file
+from quantkit.resilience.places import attach
+from quantkit.resilience.scale_file import guarded
 from quantkit.runtime.fused import fuse
 from quantkit.runtime.kernel import Kernel
 from quantkit.runtime.linear import PackedLinear, narrow_modules
@@ -36,8 +39,9 @@ def load(
     dtype: torch.dtype | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     kernel: Kernel | None = None,
+    bounds: bool = True,
 ) -> PreTrainedModel:
-    """Return the model in `directory`, its weights packed; see `quantkit.load`.
+    """Return the model in `directory`, its weights packed, its activations bounded; see `quantkit.load`.
 
     Raises:
         ModelError: no packed checkpoint, one that cannot be run packed, incomplete or damaged.
@@ -50,7 +54,8 @@ def load(
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, dict):
         raise ModelError(f"{directory} is not quantized; load it with transformers, or with --runtime dense")
-    how, checkpoint = reader(quantization), Checkpoint(directory)
+    how, checkpoint = reader(quantization), guarded(directory)
+    own_bounds = side_file.read(directory, checkpoint) if bounds else None
     skeleton = Skeleton(directory, packed=True)
     schemes = _put_packed_linears(skeleton, checkpoint, how, place, kernel)
     _fill(skeleton, checkpoint, place, dtype)
@@ -65,6 +70,8 @@ def load(
         _dispatch(model, device_map)
     if not _quantize_activations(model, schemes, heads=OWN in quantization):
         fuse(list(skeleton.blocks))
+    if own_bounds is not None:
+        attach(model, own_bounds)
     model.eval().requires_grad_(False)
     release_freed()  # packing leaves several times the weights behind
     return model
@@ -80,7 +87,7 @@ def _put_packed_linears(
     """Put a `PackedLinear` on `device` in the place of every linear that is stored packed; return their schemes."""
     schemes = {}
     for name, module in list(skeleton.model.named_modules()):
-        stored = _stored_packed(name, skeleton, checkpoint, how) if isinstance(module, LINEARS) else None
+        stored = stored_packed(name, skeleton, checkpoint, how) if isinstance(module, LINEARS) else None
         if stored is None:
             continue
         scheme = how.scheme_of(name, tuple(base.__name__ for base in type(module).__mro__))
@@ -90,7 +97,7 @@ def _put_packed_linears(
             )
         weight, order = how.read(checkpoint, stored, scheme, tuple(module.weight.shape))
         packed = PackedLinear(
-            _on(weight, device),
+            on(weight, device),
             module.bias,
             order=None if order is None else order.to(device),
             transposed=not isinstance(module, nn.Linear),
@@ -104,7 +111,7 @@ def _put_packed_linears(
     return schemes
 
 
-def _stored_packed(name: str, skeleton: Skeleton, checkpoint: Checkpoint, how: Reader) -> str | None:
+def stored_packed(name: str, skeleton: Skeleton, checkpoint: Checkpoint, how: Reader) -> str | None:
     """Return the name under which the linear `name` is stored packed, None if it is stored dense."""
     for end in how.ends:
         stored = skeleton.stored_name(f"{name}.{end}", checkpoint)
@@ -114,7 +121,8 @@ def _stored_packed(name: str, skeleton: Skeleton, checkpoint: Checkpoint, how: R
     return None
 
 
-def _on(weight: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+def on(weight: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+    """Return `weight` with its tensors on `device`."""
     zero = weight.zero_point
     return replace(
         weight,
