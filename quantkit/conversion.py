@@ -22,6 +22,7 @@ from quantkit.evaluation.manifest import CHECK, REPORT
 from quantkit.exporters.compressed_tensors import CompressedTensors
 from quantkit.model.checkpoint import BYTES, Checkpoint, side_files
 from quantkit.model.writer import Writer, refuse_existing, refuse_full_disk
+from quantkit.resilience import side_file
 from quantkit.untrusted import parse_json, read_document
 
 MAIN = "compressed-tensors"  # what a run writes, and what all other formats are made from
@@ -132,7 +133,9 @@ def export(
             _write(checkpoint, quantization, exporter, writer)
         writer.finish()
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    told = exporter.notices(quantization.schemes, ("Linear",))
+    told = [*exporter.notices(quantization.schemes, ("Linear",))]
+    if side_file.path_of(source).exists():
+        told.append(f"the bounds of {source} are not part of it: it runs without them")
     return Exported(format=format, output=target, bytes=size, notices=tuple(told))
 
 

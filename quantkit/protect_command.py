@@ -38,7 +38,7 @@ def protect(
     calibration: Annotated[
         str | None, typer.Option(help="Text: a name, a file, or self. (default: what OUTPUT was calibrated on)")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Sequences; one in four decides what is accepted.")] = 16,
+    samples: Annotated[int, typer.Option(help="Sequences; one half decides what is accepted.")] = 24,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in a sequence. (default: 256, or the context)")] = None,
     seed: Seed = None,
     scales: Annotated[

@@ -27,7 +27,7 @@ from quantkit.resilience.transformers import bound_transformer
 from quantkit.runtime import packed_model
 from quantkit.untrusted import parse_json, read_document
 
-SAMPLES, SEQLEN = 16, 256
+SAMPLES, SEQLEN = 24, 256
 TEXT, SELF = "default", "self"
 NOTICE = (
     "the bounds are applied by quantkit.load and --runtime packed; transformers, vLLM and other formats of the model "
@@ -74,7 +74,7 @@ def protect(  # noqa: PLR0913
         budget: how many per cent of perplexity the bounds may cost, 0.5 or "0.5%".
         margin: what the largest value that was seen is multiplied by, to begin with.
         calibration: a name, a file, or `self`; None: the text that the output was calibrated on, else `default`.
-        samples: sequences, of which one in four decides what is accepted.
+        samples: sequences, of which one half decides what is accepted.
         seqlen: tokens in a sequence; None: 256, or the model's context where that is shorter.
         seed: of what is drawn from the text.
         scales: what protects the scales besides, see `protect_scales`; None: nothing.

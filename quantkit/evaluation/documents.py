@@ -46,6 +46,7 @@ class Report:
     source: str
     zeros: Mapping[str, int] = field(default_factory=dict)
     originals: Mapping[str, str] = field(default_factory=dict)
+    bounded: bool = False
 
     @property
     def dense(self) -> bool:
@@ -72,6 +73,7 @@ class Report:
             method=str(table["method"]),
             device=str(table["device"]),
             source=str(table["source"]["model"]),
+            bounded="resilience" in table,
             zeros={str(n): int(each["zeros"]) for n, each in table.get("sparsity", {}).get("linears", {}).items()},
         )
 

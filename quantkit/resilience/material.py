@@ -34,6 +34,8 @@ class Material:
     shared: bool = True
     tick: Callable[[float], None] = lambda _: None
     notes: dict[str, object] = field(default_factory=dict)
+    _taught: dict[int, "tuple[Tensor, Mapping[Bound, Tensor]]"] = field(default_factory=dict)
+    _taught_of: Sequence[Sequence[Bound]] = ()
 
     @property
     def bounds(self) -> list[Bound]:
@@ -46,15 +48,37 @@ class Material:
         No labels are needed: the model teaches itself.
         """
         ends = [layer[-1] for layer in layers]
-        with _outputs(ends) as expected, torch.no_grad(), unbounded(self.bounds):
-            teacher = self.run(batch).float().log_softmax(-1)
+        teacher, expected = self._teacher(layers, batch)
         with _outputs(ends) as found:
-            student = self.run(batch).float().log_softmax(-1)
-        loss = (teacher.exp() * (teacher - student)).sum(-1).mean()
+            logits = self.run(batch)
+        loss = divergence(teacher, logits)
         for bound in ends:
             target = expected[bound].float()
             loss = loss + (found[bound].float() - target).square().mean() / target.square().mean()
         return loss
+
+    def _teacher(self, layers: Sequence[Sequence[Bound]], batch: int) -> "tuple[Tensor, Mapping[Bound, Tensor]]":
+        """Return what the unprotected model says, and gives in `layers`; computed once for the same layers."""
+        if self._taught_of is not layers:
+            self._taught, self._taught_of = {}, layers
+        if batch not in self._taught:
+            with _outputs([layer[-1] for layer in layers]) as seen, torch.no_grad(), unbounded(self.bounds):
+                logits = self.run(batch)
+            self._taught[batch] = told(logits), seen
+        return self._taught[batch]
+
+
+def told(logits: Tensor) -> Tensor:
+    """Return logits (…, classes) as log-probabilities in 16 bits, to be kept: vocabularies are large."""
+    return logits.float().log_softmax(-1).half()
+
+
+def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
+    """Return KL(teacher || model) per prediction, of log-probabilities and logits (…, classes)."""
+    known = teacher.float()
+    # a class that is impossible in 16 bits weighs nothing, but 0·(-inf) would be NaN
+    terms = torch.where(known == -torch.inf, 0.0, known.exp() * (known - logits.float().log_softmax(-1)))
+    return terms.sum(-1).mean()
 
 
 @contextmanager

@@ -4,17 +4,20 @@ To decode a token, a block's own code calls seven linears and some forty operati
 products of a small model. `kernels/block.cpp` does all of it but the cache's update.
 
 Only blocks that compute what Llama's do are fused, which is tried on the first block, and only one sequence of one
-token in float32 on a CPU takes this way; everything else takes the block's own code.
+token in float32 on a CPU takes this way; everything else takes the block's own code. Bounds inside the block are
+applied here too; its output's bound is a hook of the block, which runs whichever way is taken.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import byref, c_void_p, cast
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantkit.resilience.bounds import Bound
+from quantkit.resilience.places import CHILD, holds
 from quantkit.runtime.kernels import native
 from quantkit.runtime.kernels.compiler import Block, Weight, library
 from quantkit.runtime.linear import PackedLinear
@@ -68,7 +71,7 @@ class _Step:
         self.heads = attention.q_proj.out_features // self.size
         self.key_heads = attention.k_proj.out_features // self.size
         self.library = library(attention.q_proj.layout.scheme.bits)
-        self.held: list[tuple[dict[str, Any], str, Any]] = []
+        self.held: list[tuple[Mapping[Any, Any], Any, Any]] = []
         self.arrays: list[Any] = []
         before, after = block.input_layernorm, block.post_attention_layernorm
         parts = {
@@ -82,6 +85,8 @@ class _Step:
             **{f"{name}_bias": self._bias(linears) for name, linears in parts.items()},
             norm_before=self._address(before._parameters, "weight"),
             norm_after=self._address(after._parameters, "weight"),
+            **self._bound("o", attention.o_proj),
+            **self._bound("down", mlp.down_proj),
             width=mlp.gate_proj.in_features,
             heads=self.heads,
             key_heads=self.key_heads,
@@ -92,11 +97,13 @@ class _Step:
         )
         modules = list(block.modules())[1:]  # hooks of the block itself run around its forward, whichever it is
         self.hooks = [hooks for part in modules for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self.own_hooks = sum(isinstance(value, partial) for *_, value in self.held)
 
     def is_valid(self, hidden: Tensor) -> bool:
         """Return whether this is what the block would compute: nothing moved, and nobody listens to its parts."""
         plain = hidden.dtype == torch.float32 and hidden.device.type == "cpu" and not torch.is_grad_enabled()
-        return plain and not any(self.hooks) and all(holder[name] is value for holder, name, value in self.held)
+        quiet = sum(map(len, self.hooks)) == self.own_hooks
+        return plain and quiet and all(holder.get(name) is value for holder, name, value in self.held)
 
     def __call__(self, hidden: Tensor, position: tuple[Tensor, Tensor], cache: Any) -> Tensor:  # noqa: ANN401
         """Return what the block makes of `hidden` (1, 1, features), with the cosines and sines of its position."""
@@ -130,7 +137,22 @@ class _Step:
         self.arrays.append(joined)
         return joined.data_ptr()
 
-    def _address(self, holder: dict[str, Any], name: str) -> int:
+    def _bound(self, name: str, linear: PackedLinear) -> dict[str, Any]:
+        """Return the bound of what reaches `linear`, whose hook this step stands in for, if it has one that is hard."""
+        found = linear._modules.get(CHILD)
+        hooks = linear._forward_pre_hooks
+        key = next((key for key, hook in hooks.items() if isinstance(found, Bound) and holds(hook, found)), None)
+        if not isinstance(found, Bound) or key is None or found.form == "smooth":
+            return {}
+        own = found.__dict__
+        self.held += [(hooks, key, hooks[key]), (own, "active", True), (own, "form", found.form)]
+        return {
+            f"{name}_bound": self._address(found._buffers, "threshold"),
+            f"{name}_bound_step": int(found.threshold.ndim > 0),
+            f"{name}_bound_drops": int(found.form == "zero"),
+        }
+
+    def _address(self, holder: Mapping[str, Any], name: str) -> int:
         self.held.append((holder, name, holder[name]))
         return int(holder[name].data_ptr())
 

@@ -68,10 +68,10 @@ def load(
         _place(model, place)
     else:
         _dispatch(model, device_map)
-    if not _quantize_activations(model, schemes, heads=OWN in quantization):
-        fuse(list(skeleton.blocks))
     if own_bounds is not None:
         attach(model, own_bounds)
+    if not _quantize_activations(model, schemes, heads=OWN in quantization):
+        fuse(list(skeleton.blocks))
     model.eval().requires_grad_(False)
     release_freed()  # packing leaves several times the weights behind
     return model

@@ -6,6 +6,7 @@ from families import VOCABULARY, save_tiny, save_tokenizer
 from torch.nn.functional import silu
 
 from quantkit.api import quantize
+from quantkit.resilience.places import Bounds, attach, find_places, width_of
 from quantkit.runtime import fused
 from quantkit.runtime.packed_model import load
 
@@ -106,3 +107,69 @@ def test_long_contexts(packed):
     output = model(tokens[:, 50:51], past_key_values=first.past_key_values, use_cache=True).logits[0, -1]
     whole = model(tokens[:, :51], use_cache=False).logits[0, -1]
     assert (output - whole).abs().max() < 1e-3 * whole.std()
+
+
+def bounded(model, value, form, *, vectors):
+    """Bound `model`; every threshold binds now and then."""
+    places = find_places(model)
+    size = {place.name: (width_of(model, place),) if vectors else () for place in places}
+    generator = torch.Generator().manual_seed(3)
+    made = {name: value * (0.5 + torch.rand(shape, generator=generator)) for name, shape in size.items()}
+    return attach(model, Bounds(thresholds=made, form=form))
+
+
+@pytest.mark.parametrize("vectors", [False, True], ids=["scalars", "vectors"])
+@pytest.mark.parametrize("form", ["clamp", "zero"])
+@torch.no_grad()
+def test_bounds_are_applied_in_two_native_calls_too(packed, form, vectors, monkeypatch):
+    model, tokens = packed("llama"), torch.randint(3, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(0))
+    before = steps(model, tokens)
+    bounds = bounded(model, 0.7, form, vectors=vectors)
+    for layer in model.model.layers:
+        del layer.forward
+    assert fused.fuse(list(model.model.layers)) == 2
+    taken = []
+    call = fused._Step.__call__
+    monkeypatch.setattr(fused._Step, "__call__", lambda self, *args: taken.append(self.layer) or call(self, *args))
+    found = steps(model, tokens)
+    assert len(taken) == 2 * 12
+    with monkeypatch.context() as patch:
+        patch.setattr(fused._Step, "is_valid", lambda *args: False)
+        expected = steps(model, tokens)
+    assert (found - expected).abs().max() < 1e-3 * expected.std()
+    assert (found - before).abs().max() > 0.05 * before.std()
+    # a threshold that a flipped bit reaches is the one that binds; a bound that is off is off
+    for bound in bounds.values():
+        bound.threshold.fill_(1e30)
+    assert (steps(model, tokens) - before).abs().max() < 1e-3 * before.std()
+    taken.clear()
+    for bound in bounds.values():
+        bound.threshold.fill_(1e-3)
+        bound.active = False
+    assert (steps(model, tokens) - before).abs().max() < 1e-3 * before.std()
+    assert not taken
+
+
+@torch.no_grad()
+def test_nothing_that_is_not_finite_passes_the_native_bounds(packed):
+    model, token = packed("llama"), torch.tensor([[5]])
+    bounded(model, 1.0, "clamp", vectors=False)
+    for layer in model.model.layers:
+        del layer.forward
+    assert fused.fuse(list(model.model.layers)) == 2
+    first = model.model.layers[0]
+    for linear in (first.mlp.up_proj, first.self_attn.v_proj, first.self_attn.o_proj, first.mlp.down_proj):
+        scale = linear.packed["scale"]
+        kept = scale.clone()
+        for value in (torch.nan, torch.inf, -torch.inf):
+            scale.view(-1)[0] = value
+            assert model(token).logits.isfinite().all()
+        scale.copy_(kept)
+
+
+@torch.no_grad()
+def test_other_bounds_than_those_that_were_fused_take_the_blocks_own_code(packed, monkeypatch):
+    model, token = packed("llama"), torch.tensor([[5]])
+    bounded(model, 0.7, "clamp", vectors=False)
+    monkeypatch.setattr(fused._Step, "__call__", lambda *args: pytest.fail("taken"))
+    model(token)

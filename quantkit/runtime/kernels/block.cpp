@@ -11,7 +11,9 @@ namespace {
 struct Block {  // kernels/compiler.py has the same fields; a bias is null where there is none
     const Weight *qkv, *o, *gate_up, *down;  // three, one, two, one
     const float *qkv_bias, *o_bias, *gate_up_bias, *down_bias, *norm_before, *norm_after;
+    const float *o_bound, *down_bound;  // of what reaches o and down, null where there is none
     int64_t width, heads, key_heads, size, inner;
+    int64_t o_bound_step, o_bound_drops, down_bound_step, down_bound_drops;  // a step of 0: one threshold for all
     double epsilon, scaling;
 
     int64_t qkv_size() const { return (heads + 2 * key_heads) * size; }
@@ -56,6 +58,14 @@ std::vector<float> normed(const float* x, const float* weight, const Block& b) {
 void add(float* to, const float* values, int64_t size) {
     if (values)
         for (int64_t i = 0; i < size; ++i) to[i] += values[i];
+}
+
+// Keep x within its thresholds, as resilience/bounds.py does: NaN and infinities become 0.
+void bound(float* x, int64_t size, const float* threshold, int64_t step, bool drops) {
+    for (int64_t i = 0; threshold && i < size; ++i) {
+        const float t = threshold[i * step], v = x[i] - x[i] == 0 ? x[i] : 0, low = v < -t ? -t : v;
+        x[i] = drops ? (std::fabs(v) <= t ? v : 0) : low > t ? t : low;
+    }
 }
 
 // Rotate the pairs (i, i + size / 2) of one head.
@@ -117,6 +127,7 @@ void quantkit_block_outputs(const Block* block, const float* hidden, const float
         attend(query + head * b.size, keys + shared, values + shared, tokens, b.size, static_cast<float>(b.scaling),
                &attended[head * b.size]);
     }
+    bound(attended.data(), b.heads * b.size, b.o_bound, b.o_bound_step, b.o_bound_drops);
     quantkit_linear(b.o, 1, CHUNK, attended.data(), 1, result, threads);
     add(result, b.o_bias, b.width);
     add(result, hidden, b.width);
@@ -128,6 +139,7 @@ void quantkit_block_outputs(const Block* block, const float* hidden, const float
         const Float value = gate / (1 + exponential(-gate)) * up;
         memcpy(&gates[i], &value, sizeof value);
     }
+    bound(gates.data(), b.inner, b.down_bound, b.down_bound_step, b.down_bound_drops);
     quantkit_linear(b.down, 1, CHUNK, gates.data(), 1, down.data(), threads);
     add(down.data(), b.down_bias, b.width);
     add(result, down.data(), b.width);

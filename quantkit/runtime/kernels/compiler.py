@@ -26,13 +26,14 @@ class Weight(ctypes.Structure):
 
 
 class Block(ctypes.Structure):
-    """What `block.cpp` needs to know of a block: addresses of weights, biases and norms, sizes, and two numbers."""
+    """What `block.cpp` needs to know of a block: addresses of weights, biases, norms and bounds, sizes, and two numbers."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("qkv", "o", "gate_up", "down")),
         *((name, _POINTER) for name in ("qkv_bias", "o_bias", "gate_up_bias", "down_bias")),
-        *((name, _POINTER) for name in ("norm_before", "norm_after")),
+        *((name, _POINTER) for name in ("norm_before", "norm_after", "o_bound", "down_bound")),
         *((name, _LONG) for name in ("width", "heads", "key_heads", "size", "inner")),
+        *((name, _LONG) for name in ("o_bound_step", "o_bound_drops", "down_bound_step", "down_bound_drops")),
         *((name, ctypes.c_double) for name in ("epsilon", "scaling")),
     )
 
