@@ -21,7 +21,7 @@ from quantkit.personalize.data import Example, Form, examples, read_rows, split,
 from quantkit.personalize.delta import SUFFIX, Delta, base_hash, frozen_hash
 from quantkit.personalize.journal import written
 from quantkit.personalize.loop import Loop, Pace, State, peak
-from quantkit.personalize.start import Setting, start
+from quantkit.personalize.start import PRIVATE, Setting, start
 from quantkit.personalize.updates import Updates
 from quantkit.runtime import packed_model
 
@@ -130,6 +130,8 @@ def personalize(  # noqa: PLR0913
     trainable = kinds.make("parameters")
     rate = trainable.rate if lr is None else lr
     updates = Updates(steps=steps, rate=rate, optimizer=optimizer, schedule=schedule, warmup=warmup, decay=decay)
+    if gradient in PRIVATE and patience is not None:
+        raise UsageError(f"--patience ends a run by examples that {gradient} should keep secret; leave it out")
     source = names.resolve(str(model)).path
     rows = read_rows(Path(data))
     with quiet():
@@ -288,8 +290,9 @@ class _Run:
         return {**chosen, **rest, **pace, "data": data}
 
     def _facts(self, loop: Loop) -> dict[str, Any]:
-        """Return what may be known to everybody who gets the delta."""
+        """Return what may be known to everybody who gets the delta: of a private run, not how large batches were."""
         return {
+            **({} if self.asked.private else {"forwards": loop.progress.forwards}),
             **self.kinds.told(),
             "base": self.base,
             "parameters": sum(parameter.numel() for parameter in loop.parameters.values()),
@@ -297,7 +300,6 @@ class _Run:
             "batch_size": self.asked.batch_size,
             "seed": self.asked.seed,
             "steps": loop.progress.step,
-            "forwards": loop.progress.forwards,
             "best_step": loop.progress.best_step if loop.keeps_best else loop.progress.step,
             "stopped": loop.progress.stopped,
         }
@@ -329,6 +331,7 @@ def _measured(loop: Loop, device: torch.device) -> dict[str, Any]:
     """Return what a report says of a run besides its facts."""
     progress = loop.progress
     return {
+        "forwards": loop.progress.forwards,
         "examples": len(loop.train),
         "validation_examples": len(loop.validation),
         "loss": progress.losses[-1] if progress.losses else None,
