@@ -22,7 +22,7 @@ from quantkit.personalize.data import Example, Form, examples, read_rows, split,
 from quantkit.personalize.delta import SUFFIX, Delta, base_hash, frozen_hash
 from quantkit.personalize.journal import SlopeJournal, replayed, written
 from quantkit.personalize.loop import Loop, State, peak
-from quantkit.personalize.start import Setting, start
+from quantkit.personalize.start import PRIVATE, Setting, start
 from quantkit.personalize.updates import Updates
 from quantkit.personalize.wish import Wish
 from quantkit.runtime import packed_model
@@ -204,8 +204,9 @@ class _Run:
         return {**chosen, **rest, **pace, "data": data}
 
     def _facts(self, loop: Loop) -> dict[str, Any]:
-        """Return what may be known to everybody who gets the delta."""
+        """Return what may be known to everybody who gets the delta: of a private run, not how large batches were."""
         return {
+            **({} if self.asked.private else {"forwards": loop.progress.forwards}),
             **self.wish.told(),
             "base": self.base,
             "parameters": sum(parameter.numel() for parameter in loop.parameters.values()),
@@ -213,7 +214,6 @@ class _Run:
             "batch_size": self.asked.batch_size,
             "seed": self.asked.seed,
             "steps": loop.progress.step,
-            "forwards": loop.progress.forwards,
             "best_step": loop.progress.best_step if loop.keeps_best else loop.progress.step,
             "stopped": loop.progress.stopped,
         }
@@ -234,6 +234,7 @@ def _measured(loop: Loop, device: torch.device) -> dict[str, Any]:
     """Return what a report says of a run besides its facts."""
     progress = loop.progress
     return {
+        "forwards": loop.progress.forwards,
         "examples": len(loop.train),
         "validation_examples": len(loop.validation),
         "loss": progress.losses[-1] if progress.losses else None,
@@ -253,6 +254,8 @@ def _refuse_misfits(wish: Wish, journal: object) -> None:
         raise UsageError(
             f"{wish.gradient} needs gradients of single examples, which {wish.train} does not have; train bias or norm"
         )
+    if wish.gradient in PRIVATE and wish.patience is not None:
+        raise UsageError(f"--patience ends a run by examples that {wish.gradient} should keep secret; leave it out")
     if journal is not None and estimator.needs_gradients:
         raise UsageError(f"{wish.gradient} has no journal; leave out --journal, or use --gradient mezo")
 

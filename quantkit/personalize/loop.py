@@ -133,7 +133,7 @@ class Loop:
         losses = [Losses(self.objective, self.model, batch(part, self.device)) for part in parts]
         with torch.set_grad_enabled(self.estimator.needs_gradients):
             loss = self.estimator.estimate(losses, self.parameters, step=progress.step)
-        finite = not chosen or math.isfinite(loss)
+        finite = self.start.private or not chosen or math.isfinite(loss)  # to stop for one example would tell of it
         if finite:
             self.updates.take(self.optimizer, progress.step)
         if not finite or not all(bool(value.isfinite().all()) for value in self.parameters.values()):

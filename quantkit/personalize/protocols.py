@@ -62,6 +62,7 @@ class Slot(nn.Module):
         super().__init__()
         self.value = nn.Parameter(value.detach().to(torch.float32, copy=True))
         self.copies: Tensor | None = None
+        self.tokens: int | None = None  # of each example, while there are copies
 
     def read(self) -> Tensor:
         """Return the tensor (…), or within `per_example` (examples, 1, …), to broadcast over tokens."""
@@ -69,16 +70,23 @@ class Slot(nn.Module):
 
 
 @contextmanager
-def per_example(model: nn.Module, examples: int) -> Iterator[dict[int, Tensor]]:
-    """Let each of `examples` read a copy of its own of every slot; yield the copies by the `id` of the parameter."""
+def per_example(model: nn.Module, examples: int, tokens: int | None = None) -> Iterator[dict[int, Tensor]]:
+    """Let each of `examples` read a copy of its own of every slot; yield the copies by the `id` of the parameter.
+
+    Args:
+        model: that the slots are in.
+        examples: of the batch.
+        tokens: of each example; a slot that meets another number of them can refuse.
+    """
     slots = [module for module in model.modules() if isinstance(module, Slot)]
     for slot in slots:  # an expanded leaf takes no memory, its gradient has a row for each example
         slot.copies = slot.value.detach().expand(examples, *slot.value.shape).requires_grad_()
+        slot.tokens = tokens
     try:
         yield {id(slot.value): slot.copies for slot in slots if slot.copies is not None}
     finally:
         for slot in slots:
-            slot.copies = None
+            slot.copies = slot.tokens = None
 
 
 class Trainable(Protocol):

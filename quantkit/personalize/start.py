@@ -13,6 +13,7 @@ from quantkit.personalize.sampling import Poisson, Sampler, Shuffled
 
 SAMPLINGS: dict[str, type[Poisson] | type[Shuffled]] = {"poisson": Poisson, "shuffled": Shuffled}
 PRIVATE = ("dp", "dp-mezo", "dice")  # gradients whose noise makes a promise
+COUNTED = {"noise": "--noise", "expected": "--batch-size", "participations": "--steps", "key": "--seed"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +69,14 @@ class Start:
         estimator: of gradients.
         sampler: of batches.
         allows: says whether one more step is within the budget, and takes it down.
+        private: whether the result must not tell of single examples.
         account: what the result says of privacy, None if nothing is promised.
         sentence: the same in a line.
     """
 
     estimator: Estimator
     sampler: Sampler
+    private: bool = True
     allows: Callable[[], bool] = lambda: True
     account: Callable[[], dict[str, Any] | None] = lambda: None
 
@@ -96,7 +99,7 @@ def start(setting: Setting) -> Start:
     size = setting.batch_size
     sampler = SAMPLINGS[setting.sampling or usual](examples=setting.examples, batch_size=size, key=key)
     if not setting.private:
-        return Start(estimator=_make(setting, seed=setting.seed), sampler=sampler)
+        return Start(estimator=_make(setting, seed=setting.seed), sampler=sampler, private=False)
     given = {n: v for n in ("epsilon", "delta", "noise") if (v := getattr(setting, n)) is not None}
     budget = Budget(**given, seeded=setting.seeded)
     known = {"seed": setting.seed, "expected": float(size), "key": key}
@@ -117,7 +120,13 @@ def start(setting: Setting) -> Start:
 
 
 def _make(setting: Setting, **known: Any) -> Any:  # noqa: ANN401  an Estimator
-    """Return the estimator with what was given and what it has to know of the run."""
+    """Return the estimator with what was given and what it has to know of the run.
+
+    Raises:
+        UsageError: an option that would be another value than the one that privacy is counted with.
+    """
+    for name in COUNTED.keys() & setting.options.keys() if setting.private else ():
+        raise UsageError(f"{name} of {setting.gradient} is what privacy is counted with; use {COUNTED[name]} instead")
     own = {field.name for field in fields(choices.find("gradients", setting.gradient)) if field.init}
     known = {name: value for name, value in known.items() if name in own}
     return choices.build("gradients", setting.gradient, {**known, **setting.options})

@@ -17,7 +17,8 @@ def example_gradients(losses: Losses, parameters: Parameters) -> tuple[dict[str,
     Raises:
         UsageError: a parameter that not every example reads a copy of.
     """
-    with per_example(losses.model, losses.examples) as copies, torch.enable_grad():
+    length = losses.batch.tokens.shape[1]
+    with per_example(losses.model, losses.examples, length) as copies, torch.enable_grad():
         missing = [name for name, parameter in parameters.items() if id(parameter) not in copies]
         if missing:
             raise UsageError(f"{missing[0]} has no gradient of single examples; train biases, or without privacy")

@@ -30,7 +30,9 @@ class Place(Slot):
             return self.value.to(tensor.dtype)
         examples, own = len(self.copies), self.copies.shape[1:]
         if tensor.ndim == 1 + len(own):
-            tokens = len(tensor) // examples
+            tokens, rest = divmod(len(tensor), examples)
+            if rest or tokens != (self.tokens or tokens):  # an expert sees some tokens only, and not whose they are
+                raise UsageError("experts do not know whose tokens they see; leave them out with the option include")
             return self.copies.unsqueeze(1).expand(examples, tokens, *own).reshape(-1, *own).to(tensor.dtype)
         between = [1] * (tensor.ndim - 1 - len(own))
         return self.copies.view(examples, *between, *own).to(tensor.dtype)
