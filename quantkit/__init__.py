@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from quantkit.campaign import faults
     from quantkit.merging import Merged, merge
     from quantkit.modules import apply_masks, prune_module
-    from quantkit.personalization import Personalized, replay
+    from quantkit.personalization import Personalized, personalize, replay
     from quantkit.protection import Protected, protect, protect_scales
     from quantkit.resilience.choice import Resilience
     from quantkit.resilience.modules import bound_module
@@ -59,6 +59,7 @@ __all__ = [
     "load",
     "make_recipe",
     "merge",
+    "personalize",
     "plan",
     "protect",
     "protect_scales",
@@ -79,6 +80,7 @@ _ELSEWHERE = {
     "merge": "quantkit.merging",
     "protect": "quantkit.protection",
     "protect_scales": "quantkit.protection",
+    "personalize": "quantkit.personalization",
     "prune_module": "quantkit.modules",
     "replay": "quantkit.personalization",
 }

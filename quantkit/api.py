@@ -24,7 +24,7 @@ from quantkit.evaluation.scores import TaskScores
 from quantkit.evaluation.vocabulary import refuse_other_tokens
 from quantkit.keywords import make_recipe
 from quantkit.model import names
-from quantkit.personalize.delta import apply
+from quantkit.personal.delta import apply
 from quantkit.pipeline import Progress, execute, prepare
 from quantkit.planning import Plan
 from quantkit.pruned import Pruned, prune

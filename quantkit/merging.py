@@ -21,8 +21,8 @@ from quantkit.model import names
 from quantkit.model.checkpoint import BYTES, Checkpoint, side_files
 from quantkit.model.skeleton import Skeleton
 from quantkit.model.writer import Writer, refuse_existing, refuse_full_disk
-from quantkit.personalize.choices import find
-from quantkit.personalize.delta import Delta, base_hash
+from quantkit.personal.choices import find
+from quantkit.personal.delta import Delta, base_hash
 from quantkit.runtime import packed_model
 from quantkit.runtime.linear import PackedLinear
 from quantkit.untrusted import parse_json, read_document

@@ -17,14 +17,14 @@ from quantkit.evaluation.loading import context_length, quiet
 from quantkit.fields import build_dataclass
 from quantkit.model import names
 from quantkit.model.workspace import Workspace
-from quantkit.personalize import choices
-from quantkit.personalize.data import Example, Form, examples, read_rows, split, word_tokens
-from quantkit.personalize.delta import SUFFIX, Delta, base_hash, frozen_hash
-from quantkit.personalize.journal import SlopeJournal, replayed, written
-from quantkit.personalize.loop import Loop, State, peak
-from quantkit.personalize.start import PRIVATE, Setting, start
-from quantkit.personalize.updates import Updates
-from quantkit.personalize.wish import Wish
+from quantkit.personal import choices
+from quantkit.personal.data import Example, Form, examples, read_rows, split, word_tokens
+from quantkit.personal.delta import SUFFIX, Delta, base_hash, frozen_hash
+from quantkit.personal.journal import SlopeJournal, replayed, written
+from quantkit.personal.loop import Loop, State, peak
+from quantkit.personal.start import PRIVATE, Setting, start
+from quantkit.personal.updates import Updates
+from quantkit.personal.wish import Wish
 from quantkit.runtime import packed_model
 
 Told = Callable[[Mapping[str, Any]], None]
@@ -59,14 +59,14 @@ def personalize(  # noqa: PLR0913
 
     Args:
         model: a packed checkpoint: a directory or a Hub id.
-        data: a .jsonl, .json, .csv, .tsv or .parquet file; see `personalize.data` for its columns.
+        data: a .jsonl, .json, .csv, .tsv or .parquet file; see `personal.data` for its columns.
         output: the .safetensors file to write.
         journal: where to write the journal of a run of forward passes, from which `replay` has the delta again.
         device: `cpu`, `cuda`, `cuda:1`; None: a GPU if there is one.
         overwrite: replace `output`.
         restart: begin anew instead of going on.
         progress: told after every step: step, steps, loss, validation, memory_bytes.
-        wish: the fields of `personalize.wish.Wish`: train, gradient, objective, steps, lr, ….
+        wish: the fields of `personal.wish.Wish`: train, gradient, objective, steps, lr, ….
 
     Raises:
         QuantkitError: see `quantkit.errors`; the model is untouched.

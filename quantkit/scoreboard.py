@@ -53,7 +53,7 @@ def counting(*, quiet: bool) -> Iterator[Callable[..., None]]:
 
 @contextmanager
 def learning(*, quiet: bool) -> Iterator[Callable[[Facts], None]]:
-    """Show a bar over the steps; the yielded function is told the facts of `personalize.loop.Loop.told`."""
+    """Show a bar over the steps; the yielded function is told the facts of `personal.loop.Loop.told`."""
     with counting(quiet=quiet) as tell:
 
         def told(facts: Facts) -> None:

@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from quantkit.personalize.protocols import Batch, Losses, Slot
+from quantkit.personal.protocols import Batch, Losses, Slot
 
 VOCABULARY = 40
 

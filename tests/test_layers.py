@@ -18,7 +18,7 @@ LEVELS = [
     {"exporters"},
     {"resilience"},
     {"runtime"},
-    {"personalize"},
+    {"personal"},
     {"evaluation"},
     {"methods", "modules", "presets", "fields"},
     {"recipe"},
@@ -45,11 +45,11 @@ LEVEL = {family: level for level, families in enumerate(LEVELS) for family in fa
 CONFINED = {
     "accelerate": {"model/skeleton.py", "runtime/packed_model.py"},
     "compressed_tensors": set(),
-    "dp_accounting": {"personalize/accounting.py"},
-    "peft": {"personalize/parameters/lora.py"},
+    "dp_accounting": {"personal/accounting.py"},
+    "peft": {"personal/parameters/lora.py"},
     "sklearn": set(),
     "opacus": set(),
-    "datasets": {"calibrate/text.py", "personalize/data.py"},
+    "datasets": {"calibrate/text.py", "personal/data.py"},
     "gguf": {"exporters/gguf.py"},
     "lm_eval": {"evaluation/harness.py"},
     "pyarrow": {"calibrate/text.py"},
@@ -59,7 +59,7 @@ CONFINED = {
     "triton": {"runtime/kernels/_triton_code.py"},
     "transformers": {
         *("calibrate/data.py", "calibrate/self_text.py", "model/rotation.py", "model/skeleton.py"),
-        *("runtime/packed_model.py", "personalize/delta.py"),
+        *("runtime/packed_model.py", "personal/delta.py"),
         *(f"evaluation/{name}.py" for name in ("check", "divergence", "generate", "loading", "perplexity")),
     },
 }

@@ -7,7 +7,7 @@ from quantkit.errors import UsageError, nearest
 from quantkit.evaluation.loading import Model, Tokenizer, load_model, quiet
 from quantkit.model import names
 from quantkit.model.skeleton import read_config
-from quantkit.personalize.delta import apply
+from quantkit.personal.delta import apply
 from quantkit.runtime import RUNTIMES, packed_model
 
 

@@ -125,8 +125,8 @@ def _material(
 def _damage(model: nn.Module, tokens: Tensor, reference: Sequence[Tensor]) -> float:
     """Return by how many per cent perplexity is worse than that of `reference`, log-probabilities of each sequence.
 
-    The loss on few tokens changes by chance as much as by bounds, and who tries often takes the luckiest. The divergence
-    from the reference is what the loss grows by where the reference is right; the larger of the two counts.
+    The loss on few tokens changes by chance as much as by bounds, and who tries often takes the luckiest. The
+    divergence from the reference is what the loss grows by where the reference is right; the larger of the two counts.
     """
     growth, apart = 0.0, 0.0
     for row, known in zip(tokens, reference, strict=True):

@@ -30,9 +30,9 @@ from quantkit.evaluation.loading import quiet
 from quantkit.host import peak_memory
 from quantkit.model import names
 from quantkit.model.skeleton import read_config
+from quantkit.personal import choices
+from quantkit.personal.data import Form, batch, examples, read_rows, word_tokens
 from quantkit.personalization import personalize
-from quantkit.personalize import choices
-from quantkit.personalize.data import Form, batch, examples, read_rows, word_tokens
 
 PRIVATE = {"gradient": "dp", "delta": 1e-5, "batch_size": 128, "micro_batch": 8, "lr": 5e-3}
 MEZO = {"gradient": "mezo", "batch_size": 16, "micro_batch": 8}

@@ -4,8 +4,8 @@
     canary    how well a secret among the examples can be told from others afterwards, with and without privacy
     memory    what a step takes beyond the model, private, ordinary and forward only, over the length of examples
 
-The examples are 32 tokens of the calibration text of the embedded model, in a dialect that it was not trained on. Biases
-of all packed linears are trained with AdamW on Poisson samples, so sweep and canary differ in the gradient alone.
+The examples are 32 tokens of the calibration text of the embedded model, in a dialect that it was not trained on.
+Biases of all packed linears are trained with AdamW on Poisson samples, so sweep and canary differ in the gradient alone.
 
     python scripts/bench/privacy.py sweep --out .bench/privacy --svg docs/privacy-sweep.svg
 """
@@ -18,25 +18,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import Figures
+from torch import nn
 from transformers import AutoTokenizer
 
 import quantkit
-from quantkit.personalize.accounting import Release, epsilon, noise_for
-from quantkit.personalize.chance import fixed_key
-from quantkit.personalize.data import Example, batch
-from quantkit.personalize.gradients.backprop import Backprop
-from quantkit.personalize.gradients.dp import Dp
-from quantkit.personalize.objectives.language_model import LanguageModel
-from quantkit.personalize.parameters.bias import Bias
-from quantkit.personalize.protocols import Losses
-from quantkit.personalize.sampling import Poisson
-from quantkit.personalize.updates import Updates
+from quantkit.personal.accounting import Release, epsilon, noise_for
+from quantkit.personal.chance import fixed_key
+from quantkit.personal.data import Example, batch
+from quantkit.personal.gradients.backprop import Backprop
+from quantkit.personal.gradients.dp import Dp
+from quantkit.personal.objectives.language_model import LanguageModel
+from quantkit.personal.parameters.bias import Bias
+from quantkit.personal.protocols import Estimator, Losses
+from quantkit.personal.sampling import Poisson
+from quantkit.personal.updates import Updates
 
 LENGTH, DELTA = 32, 1e-5
 DIALECT = ((". ", " or "), (" the ", " one "), (" is ", " was "), (" and ", " of "))
@@ -52,7 +53,7 @@ def packed_tiny(work: Path) -> Path:
     return output
 
 
-def dialect(tokenizer: Any, name: str, count: int) -> list[Example]:
+def dialect(tokenizer: Callable[[str], Any], name: str, count: int) -> list[Example]:
     """Return `count` examples of a calibration text of the embedded model, in the dialect."""
     texts = [json.loads(line)["text"] for line in (Path("calibration") / f"{name}.jsonl").read_text().splitlines()]
     found: list[Example] = []
@@ -65,19 +66,21 @@ def dialect(tokenizer: Any, name: str, count: int) -> list[Example]:
     return found[:count]
 
 
-def losses_of(model: Any, examples: Sequence[Example]) -> list[Losses]:
+def losses_of(model: nn.Module, examples: Sequence[Example]) -> list[Losses]:
     """Return the losses of examples in micro-batches."""
     parts = [examples[start : start + MICRO] for start in range(0, len(examples), MICRO)]
     return [Losses(LanguageModel(), model, batch(part)) for part in parts]
 
 
-def mean_loss(model: Any, examples: Sequence[Example]) -> float:
+def mean_loss(model: nn.Module, examples: Sequence[Example]) -> float:
     """Return the mean loss of the examples."""
     with torch.no_grad():
         return float(torch.cat([each() for each in losses_of(model, examples)]).mean())
 
 
-def learn(model: Any, examples: Sequence[Example], estimator: Any, sampler: Poisson, updates: Updates) -> None:
+def learn(
+    model: nn.Module, examples: Sequence[Example], estimator: Estimator, sampler: Poisson, updates: Updates
+) -> None:
     """Attach biases to a model and train them."""
     parameters = Bias().attach(model)
     optimizer = updates.begin(parameters)
@@ -112,8 +115,8 @@ def sweep(arguments: argparse.Namespace) -> Figures:
 def canary(arguments: argparse.Namespace) -> Figures:
     """Return the exposure of a secret in bits, by seed, before training, after private and after ordinary training.
 
-    Carlini et al., "The Secret Sharer", 2019: with the rank of the secret's loss among those of random secrets of the same
-    form, exposure = log2(number of secrets) - log2(rank). By chance it is 1.4 on average.
+    Carlini et al., "The Secret Sharer", 2019: with the rank of the secret's loss among those of random secrets of
+    the same form, exposure = log2(number of secrets) - log2(rank). By chance it is 1.4 on average.
     """
     directory = packed_tiny(arguments.out)
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -139,7 +142,7 @@ def canary(arguments: argparse.Namespace) -> Figures:
     return {"rows": rows, "epsilon": spent, "copies": arguments.copies, "others": arguments.others}
 
 
-def exposure(model: Any, secrets: Sequence[Example]) -> float:
+def exposure(model: nn.Module, secrets: Sequence[Example]) -> float:
     """Return the exposure of the first of the secrets."""
     with torch.no_grad():
         found = torch.cat([each() for each in losses_of(model, secrets)])
@@ -147,9 +150,23 @@ def exposure(model: Any, secrets: Sequence[Example]) -> float:
     return math.log2(len(secrets)) - math.log2(rank)
 
 
-def _secrets(tokenizer: Any, generator: torch.Generator, count: int) -> Iterator[Example]:
+def _secrets(tokenizer: Callable[[str], Any], generator: torch.Generator, count: int) -> Iterator[Example]:
     names = ["Mira", "Tobin", "Odile", "Bram"]
-    words = ["apple", "pear", "loaf", "egg", "candle", "coin", "bead", "lantern", "spoon", "knife", "box", "jar", "bell"]
+    words = [
+        "apple",
+        "pear",
+        "loaf",
+        "egg",
+        "candle",
+        "coin",
+        "bead",
+        "lantern",
+        "spoon",
+        "knife",
+        "box",
+        "jar",
+        "bell",
+    ]
     opening = f"The secret of {names[int(torch.randint(4, (1,), generator=generator))]} is"
     before = len(tokenizer(opening)["input_ids"])
     for _ in range(count):
@@ -163,7 +180,17 @@ def memory(arguments: argparse.Namespace) -> Figures:
     rows = []
     for length in arguments.lengths:
         for kind in ("forward", "ordinary", "private"):
-            command = [sys.executable, __file__, "step", "--out", str(arguments.out), "--kind", kind, "--length", str(length)]
+            command = [
+                sys.executable,
+                __file__,
+                "step",
+                "--out",
+                str(arguments.out),
+                "--kind",
+                kind,
+                "--length",
+                str(length),
+            ]
             found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
             rows.append(json.loads(found))
             print(rows[-1], flush=True)
@@ -222,7 +249,8 @@ def heat_map(found: Figures) -> str:
             share = (high - min(cell["loss"], high)) / (high - low)
             red, green, blue = (round(255 - share * (255 - full)) for full in (31, 111, 235))
             parts.append(
-                f'<rect x="{x}" y="{y}" width="{side}" height="{side}" fill="rgb({red},{green},{blue})" stroke="white"/>'
+                f'<rect x="{x}" y="{y}" width="{side}" height="{side}" stroke="white" '
+                f'fill="rgb({red},{green},{blue})"/>'
             )
             ink = "white" if share > 0.5 else "#24292f"
             parts.append(
@@ -231,7 +259,8 @@ def heat_map(found: Figures) -> str:
             )
         for place, bound in enumerate(reversed(bounds)):
             parts.append(
-                f'<text x="{x0 - 8}" y="{top + side * place + side / 2 + 4}" text-anchor="end" {text}>R = {bound:g}</text>'
+                f'<text x="{x0 - 8}" y="{top + side * place + side / 2 + 4}" text-anchor="end" {text}>'
+                f"R = {bound:g}</text>"
             )
         for place, rate in enumerate(rates):
             x, y = x0 + side * place + side / 2, top + side * len(bounds) + 18

@@ -33,12 +33,12 @@ import quantkit
 from quantkit.calibrate.data import load_tokenizer
 from quantkit.host import peak_memory
 from quantkit.model import names
-from quantkit.personalize.gradients.backprop import Backprop
-from quantkit.personalize.gradients.mezo import Mezo
-from quantkit.personalize.gradients.subspace_zo import SubspaceZo
-from quantkit.personalize.parameters.bias import Bias
-from quantkit.personalize.protocols import Batch, Estimator, Losses, Parameters
-from quantkit.personalize.updates import Updates
+from quantkit.personal.gradients.backprop import Backprop
+from quantkit.personal.gradients.mezo import Mezo
+from quantkit.personal.gradients.subspace_zo import SubspaceZo
+from quantkit.personal.parameters.bias import Bias
+from quantkit.personal.protocols import Batch, Estimator, Losses, Parameters
+from quantkit.personal.updates import Updates
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 import tiny_world

@@ -7,8 +7,8 @@ import dp_accounting
 import pytest
 
 from quantkit.errors import UsageError
-from quantkit.personalize import accounting
-from quantkit.personalize.accounting import (
+from quantkit.personal import accounting
+from quantkit.personal.accounting import (
     Ledger,
     Release,
     check_delta,

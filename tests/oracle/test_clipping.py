@@ -7,8 +7,8 @@ import torch
 from slotted import batch, losses_of, one_by_one, slotted, tiny
 
 from quantkit.errors import UsageError
-from quantkit.personalize.clipping import check, clipped_sum, factors, norms, partition
-from quantkit.personalize.gradients.dp import Dp
+from quantkit.personal.clipping import check, clipped_sum, factors, norms, partition
+from quantkit.personal.gradients.dp import Dp
 
 FUNCTIONS = ("abadi", "global", "auto-v", "auto-s")
 STYLES = ("flat", "layer-wise", "group-wise")

@@ -11,8 +11,8 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import UsageError
-from quantkit.personalize.gradients._examples import example_gradients
-from quantkit.personalize.protocols import Losses
+from quantkit.personal.gradients._examples import example_gradients
+from quantkit.personal.protocols import Losses
 
 FAMILIES = ("gpt2", "llama")
 

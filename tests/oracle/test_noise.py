@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.personalize import noise
+from quantkit.personal import noise
 
 MASK = 2**64 - 1
 DIGEST = "94d9d701aa6f07d2c33133adce935a3fa308f0e87d1e75bc0f6b3279d0451c2f"
@@ -66,7 +66,7 @@ def test_the_numbers_of_this_version():
 
 
 def test_another_process_draws_the_same():
-    code = "from quantkit.personalize.noise import normal; print(normal(7, 8, 9, 'x', (3,)).tolist())"
+    code = "from quantkit.personal.noise import normal; print(normal(7, 8, 9, 'x', (3,)).tolist())"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert told.stdout.strip() == str(noise.normal(7, 8, 9, "x", (3,)).tolist())
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from quantkit.personalize import noise
-from quantkit.personalize.gradients.mezo import Mezo, noise_of, slopes
-from quantkit.personalize.gradients.subspace_zo import SubspaceZo, low_variance, standardised, without
+from quantkit.personal import noise
+from quantkit.personal.gradients.mezo import Mezo, noise_of, slopes
+from quantkit.personal.gradients.subspace_zo import SubspaceZo, low_variance, standardised, without
 
 
 def mlp(dtype=torch.float64, seed=0):

@@ -26,7 +26,7 @@ class Weight(ctypes.Structure):
 
 
 class Block(ctypes.Structure):
-    """What `block.cpp` needs to know of a block: addresses of weights, biases, norms and bounds, sizes, and two numbers."""
+    """What `block.cpp` needs to know of a block: addresses of weights, biases, norms, bounds; sizes; two numbers."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("qkv", "o", "gate_up", "down")),

@@ -1,0 +1,47 @@
+"""What there is to choose from on each axis: the files of its directory, whose names are those of the choices."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import UsageError, nearest
+
+AXES = ("parameters", "gradients", "objectives")
+
+
+def names(axis: str) -> tuple[str, ...]:
+    """Return the choices of an axis, as the command line spells them."""
+    files = (path.stem for path in (Path(__file__).parent / axis).glob("*.py") if not path.stem.startswith("_"))
+    return tuple(sorted(stem.replace("_", "-") for stem in files))
+
+
+def find(axis: str, name: str) -> Any:  # noqa: ANN401  each axis has its own protocol
+    """Return the `METHOD` of a choice.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    if name not in names(axis):
+        raise UsageError(f"unknown {axis.removesuffix('s')} {name!r}{nearest(name, names(axis))}")
+    return import_module(f"quantkit.personal.{axis}.{name.replace('-', '_')}").METHOD
+
+
+def build(axis: str, name: str, options: Mapping[str, Any] | None = None) -> Any:  # noqa: ANN401
+    """Return a choice with these values of its fields; a list, or a text with commas, is a tuple where one is due.
+
+    Raises:
+        UsageError: there is none of this name, or it has no such field or not such a value.
+    """
+    kind, given = find(axis, name), dict(options or {})
+    known = {field.name: str(field.type) for field in fields(kind) if field.init}
+    for key, value in given.items():
+        if key not in known:
+            raise UsageError(f"{name} has no option {key!r}{nearest(key, known) if known else ''}")
+        if known[key].startswith("tuple") or "tuple[" in known[key]:
+            given[key] = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise UsageError(f"{name} cannot be made of {given}: {error}") from error
