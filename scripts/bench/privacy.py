@@ -5,7 +5,7 @@
     memory    what a step takes beyond the model, private, ordinary and forward only, over the length of examples
 
 The examples are 32 tokens of the calibration text of the embedded model, in a dialect that it was not trained on.
-Biases of all packed linears are trained with AdamW on Poisson samples, so sweep and canary differ in the gradient alone.
+Biases of all packed linears are trained with AdamW on Poisson samples, so the runs differ in the gradient alone.
 
     python scripts/bench/privacy.py sweep --out .bench/privacy --svg docs/privacy-sweep.svg
 """

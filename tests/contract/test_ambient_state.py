@@ -42,6 +42,7 @@ quantkit.generate(out, "Once", max_new_tokens=2, temperature=1.0)
 print(random.getstate() == before)
 """
 LINEAR = torch.nn.Linear(8, 8)
+ACTIVE = torch.nn.Sequential(LINEAR, torch.nn.ReLU())
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
 
 
@@ -128,6 +129,14 @@ def learned(room, **options):
     return personalize(room / "w4", lines, output=delta, **few, **options).output
 
 
+FEW_TOKENS = {"samples": 2, "seqlen": 16}
+
+
+def copied(room):
+    """Return the packed model once more, to be protected."""
+    return shutil.copytree(room / "w4", room / "out")
+
+
 VERBS = {
     "make_recipe": lambda _: quantkit.make_recipe("tiny", preset="best"),
     "plan": lambda _: quantkit.plan("tiny", **FEW),
@@ -153,6 +162,15 @@ VERBS = {
     "prune": lambda room: quantkit.prune("tiny", output=room / "out", method="wanda", **TEXT),
     "prune_module": lambda _: quantkit.prune_module(copy.deepcopy(LINEAR), sparsity=0.5),
     "apply_masks": lambda _: quantkit.apply_masks(copy.deepcopy(LINEAR), {"weight": torch.eye(8).bool()}),
+    "protect": lambda room: quantkit.protect(
+        copied(room), resilience="layer", calibration="embedded", samples=2, seqlen=16
+    ),
+    "bound_module": lambda _: quantkit.bound_module(copy.deepcopy(ACTIVE), torch.ones(4, 8), resilience="ranger"),
+    "protect_scales": lambda room: quantkit.protect_scales(copied(room), "parity"),
+    "faults": lambda room: quantkit.faults(
+        room / "w4", rates=(1e-4,), trials=1, text="embedded-test", seqlen=16, windows=1
+    ),
+    "personalize": learned,
     "merge": lambda room: quantkit.merge(room / "w4", learned(room), output=room / "out", rounded=True),
     "merge, refused": lambda room: quantkit.merge(room / "w4", learned(room, train="lora"), output=room / "out"),
     "replay": lambda room: quantkit.replay(
