@@ -127,7 +127,17 @@ def test_the_identity_does_not_depend_on_shards(output, tmp_path):
     name = next(name for name in tensors if name.endswith("weight_scale"))
     tensors[name][0, 0] *= 2
     save_file(tensors, tmp_path / "model.safetensors")
-    assert side_file.identity(Checkpoint(tmp_path)) != side_file.identity(checkpoint)
+    found, expected = side_file.identity(Checkpoint(tmp_path)), side_file.identity(checkpoint)
+    assert found != expected
+    assert side_file.is_same(expected, found)  # a fault in a scale does not take the bounds away
+
+
+def test_the_same_shapes_with_other_codes_are_another_checkpoint(output, tmp_path):
+    text = {"calibration": "embedded", "samples": 2, "seqlen": 32}
+    quantkit.quantize("tiny", output=tmp_path / "other", method="gptq", wbits=4, group_size=32, **text)
+    one, other = (side_file.identity(Checkpoint(directory)) for directory in (output, tmp_path / "other"))
+    assert one[:64] == other[:64]
+    assert not side_file.is_same(one, other)
 
 
 def test_nothing_is_left_where_writing_fails(output, monkeypatch):
