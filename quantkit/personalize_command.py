@@ -20,7 +20,10 @@ def personalize(
         str | None, typer.Option(help="What may change: bias, norm, scales, soft-prompt, lora. (default: bias)")
     ] = None,
     gradient: Annotated[
-        str | None, typer.Option(help="How the gradient is had: backprop, dp, mezo, dp-mezo, subspace-zo, dice. (default: backprop)")
+        str | None,
+        typer.Option(
+            help="How the gradient is had: backprop, dp, mezo, dp-mezo, subspace-zo, dice. (default: backprop)"
+        ),
     ] = None,
     objective: Annotated[
         str | None, typer.Option(help="What is minimised: lm, classification, metric. (default: lm)")
