@@ -149,7 +149,10 @@ def _refuse_stranger(output: Path) -> None:
     if not output.is_dir():
         raise ModelError(f"the directory {output} does not exist; give one that `quantkit quantize` wrote")
     if not (output / REPORT).is_file():
-        raise ModelError(f"{output} has no {REPORT}, so quantkit did not write it; give a directory that it wrote")
+        raise ModelError(
+            f"{output} has no {REPORT}, by which outputs of quantize and prune are checked; give one of these, or judge it "
+            "with quantkit evaluate"
+        )
 
 
 def _check_files(output: Path, found: _Findings, say: Callable[[str], None]) -> Documents:
