@@ -269,7 +269,7 @@ def test_many_faults_of_one_kind_are_summed_up(output):
 
 
 def test_a_directory_that_quantkit_did_not_write(tmp_path):
-    with pytest.raises(ModelError, match=r"no report\.json.*quantkit did not write it"):
+    with pytest.raises(ModelError, match=r"no report\.json.*give one of these"):
         check(tmp_path)
     with pytest.raises(ModelError, match="does not exist"):
         check(tmp_path / "none")
