@@ -150,8 +150,8 @@ def _refuse_stranger(output: Path) -> None:
         raise ModelError(f"the directory {output} does not exist; give one that `quantkit quantize` wrote")
     if not (output / REPORT).is_file():
         raise ModelError(
-            f"{output} has no {REPORT}, by which outputs of quantize and prune are checked; give one of these, or judge "
-            "it with quantkit evaluate"
+            f"{output} has no {REPORT}, by which outputs of quantize and prune are checked; give one of these, or "
+            "judge it with quantkit evaluate"
         )
 
 
