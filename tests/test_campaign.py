@@ -5,6 +5,7 @@ import math
 import shutil
 
 import pytest
+from local_tasks import CHOOSE, write_task
 from typer.testing import CliRunner
 
 import quantkit
@@ -111,6 +112,17 @@ def test_bits_that_do_not_come_back_are_no_result(output, tmp_path, monkeypatch)
 def test_a_measure_of_ones_own(output):
     report = quantkit.faults(output, rates=(0.0,), trials=2, measure=lambda model, tokenizer: 7.0, **SMALL)
     assert report.values == {"0": (7.0, 7.0)}
+
+
+def test_the_score_of_a_task_can_be_the_metric(output, tmp_path):
+    write_task(tmp_path, "choose", CHOOSE)
+    task = {"metric": "task", "task": "choose", "include_path": str(tmp_path), "limit": 8}
+    report = quantkit.faults(output, rates=(0.0, 1e-2), trials=2, **task)
+    baseline = report.about["baseline"]
+    assert baseline * 8 == pytest.approx(round(baseline * 8))  # a share of eight answers
+    none, many = (report.values[condition] for condition in report.values)
+    assert none == (baseline, baseline)
+    assert all(0 <= value <= 1 for value in many)
 
 
 def test_a_dry_run_measures_little_and_writes_nothing(output, tmp_path):
