@@ -27,7 +27,7 @@ from quantkit.model.block import Block
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=4)  # for one that downloads or writes text while the others wait; a death is seen at once
-PATIENCE, SOON = 20.0, 3.0  # seconds in which processes tell that they end; in which one does that should by now
+PATIENCE, SOON = 20.0, 6.0  # seconds in which processes tell that they end; in which one does that should by now
 
 
 @dataclass(frozen=True, kw_only=True)
