@@ -280,7 +280,8 @@ def biases(args: argparse.Namespace) -> str:
             if step % max(1, args.every // passes) == 0 or step == updates.steps:
                 loss, accuracy = judged(words, model, held_out)
                 losses.append(min(loss, losses[-1]))
-                share = (before[0] - losses[-1]) / (before[0] - (losses[-1] if best is None else best))
+                gained, whole = before[0] - losses[-1], before[0] - (losses[-1] if best is None else best)
+                share = gained / whole if whole else 0.0
                 told = [name, str(step * passes), f"{losses[-1]:.4f}", f"{accuracy:.3f}", f"{share:.2f}"]
                 rows.append([*told, f"{time.process_time() - began:.0f}"])
                 print(rows[-1], file=sys.stderr, flush=True)
