@@ -21,6 +21,7 @@ from quantkit.errors import OutputError, QuantkitError, TeamError, UsageError
 from quantkit.fault_report import FaultReport, summarize
 from quantkit.model import names
 from quantkit.model.checkpoint import Checkpoint
+from quantkit.model.writer import whole
 from quantkit.resilience import scale_file, side_file
 from quantkit.resilience.flips import Fault
 from quantkit.trials import Campaign, Condition, Laboratory, Measure
@@ -256,10 +257,5 @@ def _append(file: IO[str], line: Mapping[str, Any]) -> None:
 
 def _write(file: Path, text: str) -> None:
     """Write a file, whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
+    with whole(file) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{file} cannot be written: {error.strerror}; give another --output") from error

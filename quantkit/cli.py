@@ -276,6 +276,7 @@ app.command()(protect_command.protect)
 app.command()(faults_command.faults)
 app.command()(personalize_command.personalize)
 app.command()(personalize_command.merge)
+app.command()(personalize_command.replay)
 for command in (judging.evaluate, judging.compare, judging.generate):
     app.command()(command)
 app.command(

@@ -22,7 +22,7 @@ from quantkit.evaluation.manifest import CHECK, REPORT
 from quantkit.exporters.compressed_tensors import CompressedTensors
 from quantkit.model.checkpoint import BYTES, Checkpoint, side_files
 from quantkit.model.writer import Writer, refuse_existing, refuse_full_disk
-from quantkit.resilience import side_file
+from quantkit.resilience import scale_file
 from quantkit.untrusted import parse_json, read_document
 
 MAIN = "compressed-tensors"  # what a run writes, and what all other formats are made from
@@ -134,8 +134,8 @@ def export(
         writer.finish()
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     told = [*exporter.notices(quantization.schemes, ("Linear",))]
-    if side_file.path_of(source).exists():
-        told.append(f"the bounds of {source} are not part of it: it runs without them")
+    if protection := scale_file.beside(source):
+        told.append(f"the {protection} of {source} are not part of it: it runs without them")
     return Exported(format=format, output=target, bytes=size, notices=tuple(told))
 
 

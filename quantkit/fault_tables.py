@@ -39,11 +39,12 @@ def reported(report: "FaultReport", *, as_json: bool) -> None:
     about, wide = report.about, Console(highlight=False)
     out.print(escape(_heading(about)))
     wide.print(_rows(report))
-    if about["sweep"] != "tensors" and report.blame:
+    harmful = [each for each in report.blame[:MOST] if each.harm > 0]
+    if about["sweep"] != "tensors" and harmful:
         table = Table(box=None, pad_edge=False, header_style="bold", title="most vulnerable", title_justify="left")
         for column in ("tensor", "flips", "harm where hit"):
             table.add_column(column, justify="left" if column == "tensor" else "right")
-        for each in report.blame[:MOST]:
+        for each in harmful:
             table.add_row(escape(each.tensor), f"{each.flips:,}", f"{each.harm:.3g} ± {each.error:.2g}")
         wide.print(table)
 

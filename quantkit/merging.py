@@ -23,6 +23,7 @@ from quantkit.model.skeleton import Skeleton
 from quantkit.model.writer import Writer, refuse_existing, refuse_full_disk
 from quantkit.personal.choices import find
 from quantkit.personal.delta import Delta, base_hash
+from quantkit.resilience import scale_file
 from quantkit.runtime import packed_model
 from quantkit.runtime.linear import PackedLinear
 from quantkit.untrusted import parse_json, read_document
@@ -34,11 +35,12 @@ PACKED = ("weight_scale", "qweight", "weight_packed", "weight")  # one of these 
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """What was written: where, its size, and the tensors that differ from the base's."""
+    """What was written: where, its size, the tensors that differ from the base's, and what somebody should know."""
 
     output: Path
     bytes: int
     changed: tuple[str, ...]
+    notices: tuple[str, ...] = ()
 
 
 @usual_settings()
@@ -90,7 +92,9 @@ def merge(
         writer.close_shards()
         writer.finish()
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    return Merged(output=target, bytes=size, changed=tuple(sorted(changed)))
+    protection = scale_file.beside(source)
+    notices = (f"the {protection} of {source} are not part of it; run quantkit protect on it",) if protection else ()
+    return Merged(output=target, bytes=size, changed=tuple(sorted(changed)), notices=notices)
 
 
 def _changed(

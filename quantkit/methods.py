@@ -1,21 +1,16 @@
-"""Finding methods by name: the file name is the registry, nothing is filled in on import."""
+"""The methods that a recipe and an export may name; see `registry`."""
 
-from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-from quantkit.errors import UsageError, nearest
+from quantkit import registry
 
 FAMILIES = ("pruners", "quantizers", "exporters")
 
 
-@cache
 def names(family: str) -> tuple[str, ...]:
-    """Return the names of a family's methods, as the command line spells them: the files of `quantkit/<family>/`."""
-    directory = Path(__file__).parent / family
-    files = (path.stem for path in directory.glob("*.py") if not path.stem.startswith("_"))
-    return tuple(sorted(stem.replace("_", "-") for stem in files))
+    """Return the names of a family's methods, as the command line spells them."""
+    return registry.names(family)
 
 
 def find(family: str, name: str) -> Any:  # noqa: ANN401  each family has its own protocol
@@ -24,10 +19,7 @@ def find(family: str, name: str) -> Any:  # noqa: ANN401  each family has its ow
     Raises:
         UsageError: no such method; the message names the nearest.
     """
-    if name not in names(family):
-        kind = "format" if family == "exporters" else "method"
-        raise UsageError(f"unknown {kind} {name!r}{nearest(name, names(family))}")
-    return import_module(f"quantkit.{family}.{name.replace('-', '_')}").METHOD
+    return registry.find(family, name, "format" if family == "exporters" else "method")
 
 
 def family_of(name: str) -> str:
@@ -43,5 +35,5 @@ def passes() -> tuple[str, ...]:
 def summary(family: str, name: str) -> str:
     """Return the first line of the method's module docstring."""
     find(family, name)
-    module = import_module(f"quantkit.{family}.{name.replace('-', '_')}")
+    module = import_module(registry.module(family, name))
     return (module.__doc__ or "").strip().splitlines()[0]

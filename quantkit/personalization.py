@@ -245,8 +245,8 @@ def _measured(loop: Loop, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _refuse_misfits(wish: Wish, journal: object) -> None:
-    """Raise UsageError for choices that do not go together."""
+def _refuse_misfits(wish: Wish, journal: str | Path | None) -> None:
+    """Raise UsageError for choices that do not go together, OutputError where no journal can be."""
     trainable, estimator, objective = (choices.find(axis, name) for axis, name in wish.axes.items())
     if estimator.needs_gradients and not objective.differentiable:
         raise UsageError(f"{wish.objective} has no gradient; use --gradient mezo, which needs none")
@@ -258,6 +258,8 @@ def _refuse_misfits(wish: Wish, journal: object) -> None:
         raise UsageError(f"--patience ends a run by examples that {wish.gradient} should keep secret; leave it out")
     if journal is not None and estimator.needs_gradients:
         raise UsageError(f"{wish.gradient} has no journal; leave out --journal, or use --gradient mezo")
+    if journal is not None and not Path(journal).absolute().parent.is_dir():
+        raise OutputError(f"{journal} cannot be written: there is no directory {Path(journal).absolute().parent}")
 
 
 def _objective(wish: Wish, form: Form, tokenizer: Any, items: list[Example]) -> Any:  # noqa: ANN401

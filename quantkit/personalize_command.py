@@ -140,7 +140,25 @@ def merge(
 
         with display.status("merging", quiet=as_json):
             made = merging.merge(model, delta, output=output, rounded=round_, overwrite=overwrite)
-        scoreboard.merged(made.output, made.bytes, len(made.changed), as_json=as_json)
+        scoreboard.merged(made, as_json=as_json)
+
+
+def replay(
+    model: Output,
+    journal: Annotated[Path, typer.Argument(help="What `quantkit personalize --journal` wrote.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The .safetensors file to write.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write the delta that a run of forward passes came to, from its JOURNAL alone: no data, no forward pass."""
+    with errors(as_json), alone():
+        if output is None:
+            raise UsageError("say where the delta goes: -o delta.safetensors")
+        from quantkit import personalization
+
+        with display.status("replaying", quiet=as_json):
+            made = personalization.replay(model, journal, output=output, overwrite=overwrite)
+        scoreboard.replayed(made.output, made.report, as_json=as_json)
 
 
 def _quoted(text: str) -> str:

@@ -19,7 +19,7 @@ from quantkit.evaluation.manifest import REPORT
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.device import pick_device
 from quantkit.model.skeleton import Skeleton, read_config
-from quantkit.model.workspace import clear_disk_errors
+from quantkit.model.writer import whole
 from quantkit.resilience import scale_file, side_file
 from quantkit.resilience.choice import Resilience
 from quantkit.resilience.places import Bounds, find_places
@@ -123,7 +123,9 @@ def protect_scales(output: str | Path, kind: str = "secded", *, overwrite: bool 
     directory = Path(output)
     scale_file.refuse(directory, kind, overwrite=overwrite)
     file = scale_file.write(directory, kind)
-    return Protected(output=directory, file=file, facts={"kind": kind, "bytes": file.stat().st_size})
+    facts = {"kind": kind, "bytes": file.stat().st_size}
+    _note(directory, {"scales": facts})
+    return Protected(output=directory, file=file, facts=facts)
 
 
 def refuse_unprotectable(skeleton: Skeleton, choice: Resilience) -> None:
@@ -222,7 +224,9 @@ def _note(directory: Path, facts: Mapping[str, Any]) -> None:
         report = parse_json(read_document(path))
     except (OSError, ValueError):
         return
-    partial = path.with_name(f".{REPORT}.partial")
-    with clear_disk_errors(directory):
-        partial.write_text(json.dumps(report | {"resilience": dict(facts)}, indent=2, ensure_ascii=False) + "\n")
-        partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text(
+            json.dumps(report | {"resilience": {**report.get("resilience", {}), **facts}}, indent=2, ensure_ascii=False)
+            + "\n",
+            encoding="utf-8",
+        )

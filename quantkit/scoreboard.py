@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from quantkit.evaluation.divergence import Divergence
     from quantkit.evaluation.perplexity import Perplexity
     from quantkit.evaluation.scores import Score, TaskScores
+    from quantkit.merging import Merged
 
 Facts = Mapping[str, Any]
 _BAR = 40  # characters of the longest bar of the histogram
@@ -86,12 +87,23 @@ def personalized(output: Path, report: Facts, *, as_json: bool) -> None:
         print_notes(out, [report["stopped"]])
 
 
-def merged(output: Path, size: int, tensors: int, *, as_json: bool) -> None:
-    """Show what a merge wrote."""
+def replayed(output: Path, report: Facts, *, as_json: bool) -> None:
+    """Show what a journal came to."""
     if as_json:
-        print_json({"output": str(output), "bytes": size, "changed_tensors": tensors})
+        print_json({"output": str(output), **report})
     else:
-        out.print(f"{escape(str(output))}: {human_size(size)}, {tensors} tensors differ from the base")
+        how = f"{report['steps']:,} steps of {report['gradient']} done again"
+        out.print(f"{escape(str(output))}: {how}, {human_size(report['bytes'])}")
+
+
+def merged(made: "Merged", *, as_json: bool) -> None:
+    """Show what a merge wrote."""
+    output, size, tensors = str(made.output), made.bytes, len(made.changed)
+    if as_json:
+        print_json({"output": output, "bytes": size, "changed_tensors": tensors, "notices": list(made.notices)})
+    else:
+        out.print(f"{escape(output)}: {human_size(size)}, {tensors} tensors differ from the base")
+        print_notes(out, made.notices)
 
 
 def refuse_output(file: Path | None) -> None:

@@ -10,6 +10,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts" / "bench"
 import ablation
 import activations
 import bits
+import bounds
 import common
 import self_calibration
 
@@ -85,3 +86,12 @@ def test_each_row_of_the_ablation_is_another_recipe(setting):
     assert not recipes["without LWC"].build_passes()["omniquant"].lwc
     assert [*recipes["without distillation"].passes] == ["omniquant"]
     assert ablation.wanted(args, ablation.COMMON[0], scheme, 1).seed == 1
+
+
+def test_bounds(capsys, monkeypatch, tmp_path):
+    header, _, *rows = printed(bounds, capsys, monkeypatch, tmp_path, "--rows", "ranger-profiled", "hybrid-joint")
+    assert [row[:2] for row in rows] == [["ranger", "profiled"], ["hybrid", "joint"]]
+    assert all(float(row[2].split()[0]) > 1 for row in rows)
+    held_out = [float(row[header.index("held out")].split()[0]) for row in rows]
+    assert max(held_out) <= 0.5  # the budget
+    assert int(rows[0][4]) < int(rows[1][4].replace(",", ""))

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "quantkit"
 LEVELS = [
     {"errors", "resources", "untrusted"},
-    {"ambient", "host", "units"},
+    {"ambient", "host", "registry", "units"},
     {"core"},
     {"model"},
     {"calibrate"},

@@ -23,7 +23,7 @@ from quantkit.model import names
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.device import pick_device
 from quantkit.model.skeleton import Skeleton
-from quantkit.resilience import side_file
+from quantkit.resilience import scale_file, side_file
 
 DEFAULT_TEXT, DEFAULT_SEQLEN = "embedded-test", 512
 WORST_RATIO = 100.0  # perplexity over the original's: no usable model is that far off
@@ -171,7 +171,7 @@ def _check_files(output: Path, found: _Findings, say: Callable[[str], None]) -> 
     found.facts |= _file_facts(documents.report, shards)
     say("counting what is quantized")
     _check_coverage(output, documents, found)
-    _check_bounds(output, documents.report, found)
+    _check_protection(output, documents.report, found)
     return documents
 
 
@@ -202,19 +202,21 @@ def _check_coverage(output: Path, documents: Documents, found: _Findings) -> Non
             found.faults.append(str(error))
 
 
-def _check_bounds(output: Path, report: Report | None, found: _Findings) -> None:
-    """Read the bounds beside the weights; say of what the report has and the disk has not."""
-    if not side_file.path_of(output).is_file():
-        if report is not None and report.bounded:
-            found.faults.append(f"{side_file.DIRECTORY}/{side_file.FILE} is missing, though {REPORT} says it is there")
-        return
+def _check_protection(output: Path, report: Report | None, found: _Findings) -> None:
+    """Read what protects the weights, beside them; say of what the report has and the disk has not."""
+    said = report.protection if report else ()
+    for key, path in (("kind", side_file.path_of(output)), ("scales", scale_file.path_of(output))):
+        if key in said and not path.is_file():
+            found.faults.append(f"{path.relative_to(output)} is missing, though {REPORT} says it is there")
     try:
-        bounds = side_file.read(output, Checkpoint(output))
+        bounds, scales = side_file.read(output, scale_file.guarded(output)), scale_file.read(output)
     except ModelError as error:
         found.faults.append(str(error))
         return
     if bounds is not None:
         found.facts |= {"bounds": bounds.kind, "bounds_bytes": bounds.bytes}
+    if scales is not None:
+        found.facts["guards"] = scales[0]
 
 
 def _share_facts(share: Coverage) -> dict[str, Any]:

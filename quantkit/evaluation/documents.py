@@ -1,6 +1,6 @@
 """The documents of an output, read with suspicion: what is missing or malformed becomes a fault."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -46,7 +46,7 @@ class Report:
     source: str
     zeros: Mapping[str, int] = field(default_factory=dict)
     originals: Mapping[str, str] = field(default_factory=dict)
-    bounded: bool = False
+    protection: Collection[str] = ()
 
     @property
     def dense(self) -> bool:
@@ -73,7 +73,7 @@ class Report:
             method=str(table["method"]),
             device=str(table["device"]),
             source=str(table["source"]["model"]),
-            bounded="resilience" in table,
+            protection=table.get("resilience", {}).keys(),
             zeros={str(n): int(each["zeros"]) for n, each in table.get("sparsity", {}).get("linears", {}).items()},
         )
 

@@ -36,7 +36,7 @@ _SMALL_FILES = [
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "*.tiktoken"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     *("preprocessor_config.json", "processor_config.json"),
-    "resilience/bounds.safetensors",
+    *("resilience/bounds.safetensors", "resilience/scales.safetensors"),
     *("LICENSE*", "NOTICE*", "USE_POLICY*"),  # most licences ask that a derived model carries them
 ]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")

@@ -8,7 +8,8 @@ output as it was.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -230,6 +231,33 @@ def refuse_full_disk(output: Path, needed: int) -> None:
             f"{output} needs {needed / 1e9:.2f} GB but {parent} has {free / 1e9:.2f} GB free; "
             "free some or choose another -o"
         )
+
+
+@contextmanager
+def whole(path: Path, *, make: bool = False) -> Iterator[Path]:
+    """Give another name to write a file under, which takes the place of `path` when the block ends without an error.
+
+    `make` its directory if there is none.
+
+    Raises:
+        OutputError: the disk is full or cannot be written; a file that was there is then as it was, and a directory
+            that was not is gone.
+    """
+    partial, new = path.with_name(f".{path.name}.new"), make and not path.parent.exists()
+    try:
+        with clear_disk_errors(path):
+            if new:
+                path.parent.mkdir(parents=True)
+            yield partial
+            to_disk(partial)
+            partial.replace(path)
+            to_disk(path.absolute().parent)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+            if new:
+                path.parent.rmdir()
+        raise
 
 
 def to_disk(path: Path) -> None:

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
+from quantkit import registry
 from quantkit.errors import UsageError, nearest
 
 AXES = ("parameters", "gradients", "objectives")
@@ -13,8 +12,7 @@ AXES = ("parameters", "gradients", "objectives")
 
 def names(axis: str) -> tuple[str, ...]:
     """Return the choices of an axis, as the command line spells them."""
-    files = (path.stem for path in (Path(__file__).parent / axis).glob("*.py") if not path.stem.startswith("_"))
-    return tuple(sorted(stem.replace("_", "-") for stem in files))
+    return registry.names(f"personal/{axis}")
 
 
 def find(axis: str, name: str) -> Any:  # noqa: ANN401  each axis has its own protocol
@@ -23,9 +21,7 @@ def find(axis: str, name: str) -> Any:  # noqa: ANN401  each axis has its own pr
     Raises:
         UsageError: there is none of this name.
     """
-    if name not in names(axis):
-        raise UsageError(f"unknown {axis.removesuffix('s')} {name!r}{nearest(name, names(axis))}")
-    return import_module(f"quantkit.personal.{axis}.{name.replace('-', '_')}").METHOD
+    return registry.find(f"personal/{axis}", name, axis.removesuffix("s"))
 
 
 def build(axis: str, name: str, options: Mapping[str, Any] | None = None) -> Any:  # noqa: ANN401

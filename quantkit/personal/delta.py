@@ -21,8 +21,7 @@ from transformers import PreTrainedModel
 from quantkit.errors import DataError, ModelError, UsageError
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.integrity import sha256
-from quantkit.model.workspace import clear_disk_errors
-from quantkit.model.writer import to_disk
+from quantkit.model.writer import whole
 from quantkit.personal.choices import build
 from quantkit.personal.parameters._places import take_out
 from quantkit.runtime.fused import fuse_again
@@ -173,18 +172,10 @@ def frozen_hash(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> str
     return found.hexdigest()
 
 
-def save_whole(tensors: Mapping[str, Tensor], path: Path, told: Mapping[str, str]) -> None:
-    """Write a safetensors file so that it is whole, and on the disk, or as it was before."""
-    partial = path.with_name(f".{path.name}.new")
-    with clear_disk_errors(path):
-        try:
-            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, metadata=dict(told))
-            to_disk(partial)
-            partial.replace(path)
-            to_disk(path.absolute().parent)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+def save_whole(tensors: Mapping[str, Tensor], path: Path, told: Mapping[str, str], *, make: bool = False) -> None:
+    """Write a safetensors file so that it is whole, and on the disk, or as it was before; see `whole`."""
+    with whole(path, make=make) as partial:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, metadata=dict(told))
 
 
 def apply(model: PreTrainedModel, directory: Path, file: str | Path) -> Delta:

@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quantkit.errors import DataError, OutputError
+from quantkit.errors import DataError
+from quantkit.model.writer import whole
 from quantkit.personal import noise
 from quantkit.personal.gradients.dp_mezo import DpMezo
 from quantkit.personal.gradients.mezo import Mezo
@@ -79,13 +80,8 @@ class SlopeJournal:
         told = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rho", "seed")}
         told["updates"] = asdict(self.updates)
         tensors = {"rho": self.rho, "master_seed": torch.tensor([self.seed], dtype=torch.uint64)}
-        partial = path.with_name(f".{path.name}.partial")
-        try:
+        with whole(path) as partial:
             save_file(tensors, partial, metadata={"format": FORMAT, "journal": json.dumps(told)})
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise OutputError(f"cannot write {path}: {error}; choose another place") from error
 
     @classmethod
     def read(cls, path: Path) -> "SlopeJournal":

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from quantkit.errors import DataError, OutputError
 from quantkit.host import peak_memory
-from quantkit.model.workspace import clear_disk_errors
 from quantkit.personal.data import Example, batch
 from quantkit.personal.delta import save_whole
 from quantkit.personal.protocols import Losses, Objective, Parameters
@@ -231,9 +230,7 @@ class State:
             tensors |= {f"optimizer/{number}/{key}": torch.as_tensor(value) for key, value in entries.items()
                         if value is not None}  # fmt: skip
         told = {"identity": self.identity, "progress": json.dumps(asdict(loop.progress))}
-        with clear_disk_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_whole({name: tensor.clone() for name, tensor in tensors.items()}, self.path, told)
+        save_whole({name: tensor.clone() for name, tensor in tensors.items()}, self.path, told, make=True)
         self.written = time.monotonic()
 
     def restore(self, loop: Loop) -> None:

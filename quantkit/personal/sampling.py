@@ -15,8 +15,8 @@ from quantkit.personal.chance import uniform
 
 
 @dataclass(frozen=True, kw_only=True)
-class Poisson:
-    """Each example is in each batch with probability `rate`, whatever the others do; a batch may be empty.
+class _Drawn:
+    """What both have.
 
     Attributes:
         examples: how many there are.
@@ -24,13 +24,24 @@ class Poisson:
         key: of `chance.secret_key`, or of `chance.fixed_key` where nothing need be private.
     """
 
-    kind: ClassVar[str] = "poisson"
     examples: int
     batch_size: int
     key: bytes
 
     def __post_init__(self) -> None:
-        _check(self.examples, self.batch_size)
+        if self.examples < 1:
+            raise DataError("there are no examples to train on; give data with at least one")
+        if not 1 <= self.batch_size <= self.examples:
+            raise UsageError(
+                f"a batch of {self.batch_size} cannot be drawn from {self.examples} examples; use 1 to {self.examples}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Poisson(_Drawn):
+    """Each example is in each batch with probability `rate`, whatever the others do; a batch may be empty."""
+
+    kind: ClassVar[str] = "poisson"
 
     @property
     def rate(self) -> float:
@@ -43,7 +54,7 @@ class Poisson:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shuffled:
+class Shuffled(_Drawn):
     """Every example once per epoch, `batch_size` at a time, the last batch of an epoch what is left.
 
     No amplification is claimed for it: known attacks get more out of shuffled batches than the accounting of Poisson
@@ -51,12 +62,6 @@ class Shuffled:
     """
 
     kind: ClassVar[str] = "shuffled"
-    examples: int
-    batch_size: int
-    key: bytes
-
-    def __post_init__(self) -> None:
-        _check(self.examples, self.batch_size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -71,10 +76,3 @@ class Shuffled:
 
 
 Sampler = Poisson | Shuffled
-
-
-def _check(examples: int, batch_size: int) -> None:
-    if examples < 1:
-        raise DataError("there are no examples to train on; give data with at least one")
-    if not 1 <= batch_size <= examples:
-        raise UsageError(f"a batch of {batch_size} cannot be drawn from {examples} examples; use 1 to {examples}")

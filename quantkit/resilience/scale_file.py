@@ -6,7 +6,6 @@ Reading the checkpoint through `guarded` repairs scales that changed since; the 
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from quantkit.errors import ModelError, OutputError, QuantkitWarning, UsageError, nearest
 from quantkit.model.checkpoint import Checkpoint
-from quantkit.model.workspace import clear_disk_errors
-from quantkit.model.writer import to_disk
+from quantkit.model.writer import whole
+from quantkit.resilience import side_file
 from quantkit.resilience.scales import SCALE_KINDS, protect_scales, repair_scales
-from quantkit.resilience.side_file import DIRECTORY
 
 FILE, KEY = "scales.safetensors", "quantkit_scales"
 END = ".weight_scale"  # of the names of scales in compressed-tensors
@@ -28,7 +26,13 @@ LIMIT = 0.1  # of the scales of a tensor; more of them do not change by themselv
 
 def path_of(directory: Path) -> Path:
     """Return where the protection of the scales of the checkpoint in `directory` is."""
-    return directory / DIRECTORY / FILE
+    return directory / side_file.DIRECTORY / FILE
+
+
+def beside(directory: Path) -> str:
+    """Return what protects the checkpoint in `directory`, in words; nothing: an empty text."""
+    there = {"bounds": side_file.path_of(directory), "guards of scales": path_of(directory)}
+    return " and ".join(name for name, path in there.items() if path.exists())
 
 
 def refuse(directory: Path, kind: str, *, overwrite: bool) -> None:
@@ -61,19 +65,8 @@ def write(directory: Path, kind: str) -> Path:
     for name, scale in checkpoint.load(_names(checkpoint)).items():
         parts |= {f"{name}.{part}": tensor for part, tensor in protect_scales(scale, kind).items()}
     path = path_of(directory)
-    partial, new = path.with_name(f".{FILE}.partial"), not path.parent.exists()
-    try:
-        with clear_disk_errors(directory):
-            path.parent.mkdir(exist_ok=True)
-            save_file(parts, partial, metadata={KEY: kind})
-            to_disk(partial)
-            partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-            if new:
-                path.parent.rmdir()
-        raise
+    with whole(path, make=True) as partial:
+        save_file(parts, partial, metadata={KEY: kind})
     return path
 
 

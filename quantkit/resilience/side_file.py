@@ -9,7 +9,6 @@ that does not give back the digest is refused.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ from torch import Tensor
 
 from quantkit.errors import ModelError, QuantkitError
 from quantkit.model.checkpoint import Checkpoint
-from quantkit.model.workspace import clear_disk_errors
-from quantkit.model.writer import to_disk
+from quantkit.model.writer import whole
 from quantkit.resilience.places import Bounds
 from quantkit.untrusted import parse_json
 
@@ -50,20 +48,9 @@ def write(directory: Path, bounds: Bounds, checkpoint: Checkpoint) -> Path:
         OutputError: the disk is full or cannot be written; a file that was there is then as it was.
     """
     path = path_of(directory)
-    partial, new = path.with_name(f".{FILE}.partial"), not path.parent.exists()
     copy = encode(bounds, identity(checkpoint))
-    try:
-        with clear_disk_errors(directory):
-            path.parent.mkdir(exist_ok=True)
-            save_file({f"copy.{number}": copy.clone() for number in range(COPIES)}, partial)
-            to_disk(partial)
-            partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-            if new:
-                path.parent.rmdir()
-        raise
+    with whole(path, make=True) as partial:
+        save_file({f"copy.{number}": copy.clone() for number in range(COPIES)}, partial)
     return path
 
 

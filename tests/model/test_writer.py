@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from quantkit.errors import OutputError
 from quantkit.model import writer as module
 from quantkit.model.checkpoint import INDEX, Checkpoint
-from quantkit.model.writer import Writer, refuse_full_disk
+from quantkit.model.writer import Writer, refuse_full_disk, whole
 
 FULL = [
     OSError(errno.ENOSPC, "No space left on device"),
@@ -339,3 +339,34 @@ def test_a_side_file_that_is_larger_than_the_disk_is_refused_before_it_is_copied
     with pytest.raises(OutputError, match=r"needs 1099\.51 GB but"), Writer(output) as writer:
         writer.copy(huge)
     assert not output.exists()
+
+
+def test_a_file_takes_its_place_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "file"
+    with whole(path, make=True) as partial:
+        partial.write_text("one")
+        assert not path.exists()
+    assert path.read_text() == "one"
+    assert [each.name for each in path.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("error", [*FULL, KeyboardInterrupt()], ids=["OSError", "SafetensorError", "interrupted"])
+@pytest.mark.parametrize("before", ["old", None])
+def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path, error, before):
+    path = tmp_path / "new" / "file"
+    if before:
+        path.parent.mkdir()
+        path.write_text(before)
+
+    def begin():
+        with whole(path, make=True) as partial:
+            partial.write_text("half")
+            raise error
+
+    with pytest.raises((OutputError, KeyboardInterrupt)) as caught:
+        begin()
+    if not isinstance(error, KeyboardInterrupt):
+        assert str(caught.value) == f"cannot write {path}: the disk is full; nothing was changed"
+    assert path.parent.exists() == bool(before)
+    if before:
+        assert [(each.name, each.read_text()) for each in path.parent.iterdir()] == [("file", before)]

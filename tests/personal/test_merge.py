@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -71,6 +72,16 @@ def test_the_merged_model_is_the_personalized_one(made, tmp_path, family, train,
     assert difference < 0.05 * (logits(plain) - logits(unchanged)).abs().max()  # dense products round otherwise
     told = json.loads((tmp_path / "merged" / "personalization.json").read_text())
     assert told["train"] == train
+
+
+def test_a_protection_does_not_come_along_and_that_is_said(made, tmp_path):
+    base, delta = made("llama", "norm")
+    protected = shutil.copytree(base, tmp_path / "protected")
+    quantkit.protect_scales(protected, "parity")
+    result = merge(protected, delta, output=tmp_path / "merged")
+    assert result.notices == (f"the guards of scales of {protected} are not part of it; run quantkit protect on it",)
+    assert not (tmp_path / "merged" / "resilience").exists()
+    assert merge(base, delta, output=tmp_path / "other").notices == ()
 
 
 def test_packed_codes_are_copied(made, tmp_path):

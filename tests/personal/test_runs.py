@@ -13,11 +13,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from tinies import TEXTS, packed, write_rows
+from typer.testing import CliRunner
 
 import quantkit
+from quantkit.cli import app
 from quantkit.errors import DataError, ModelError, OutputError, UsageError
 from quantkit.personal import choices
 from quantkit.personal.delta import Delta
+from quantkit.personal.journal import SlopeJournal
 from quantkit.personal.parameters._places import take_out
 from quantkit.personalization import personalize, replay
 
@@ -233,6 +236,17 @@ def test_a_journal_gives_the_delta_again_without_the_data(checkpoint, texts, tmp
     told, again = (Delta.read(tmp_path / f"{name}.safetensors") for name in ("d", "again"))
     assert all(torch.equal(again.tensors[name], value) for name, value in told.tensors.items())
     assert (again.base, again.trainable) == (told.base, told.trainable)
+    command = ["replay", checkpoint, tmp_path / "j.safetensors", "-o", tmp_path / "third.safetensors", "--json"]
+    shown = CliRunner().invoke(app, list(map(str, command)))
+    assert json.loads(shown.stdout)["steps"] == len(SlopeJournal.read(tmp_path / "j.safetensors").rho)
+    assert (tmp_path / "third.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+
+
+def test_a_journal_that_could_not_be_written_is_refused_before_the_run(checkpoint, texts, tmp_path):
+    options = {"gradient": "mezo", "journal": tmp_path / "missing" / "j.safetensors"}
+    with pytest.raises(OutputError, match=r"j\.safetensors cannot be written: there is no directory"):
+        personalize(checkpoint, texts, output=tmp_path / "d.safetensors", **options, **QUICK)
+    assert not (tmp_path / "d.safetensors").exists()
 
 
 def test_a_journal_of_another_model_is_refused(checkpoint, texts, tmp_path, tiny_rtn_w4):

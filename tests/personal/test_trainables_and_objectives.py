@@ -85,7 +85,7 @@ def test_every_objective_gives_one_loss_per_example_and_a_gradient(checkpoints, 
     torch.testing.assert_close(losses.detach(), torch.cat(alone).detach(), rtol=1e-3, atol=1e-4)
     if measure.differentiable:
         loss = Backprop().estimate([Losses(measure, model, of)], parameters, step=0)
-        assert loss == pytest.approx(float(losses.mean()))
+        assert loss == pytest.approx(float(losses.detach().mean()))
         assert any(bool(p.grad.abs().max() > 0) for p in parameters.values())
 
 
@@ -108,11 +108,9 @@ def test_gradients_of_examples_are_those_of_a_loop(checkpoints, family, name):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", TRAINABLES)
+@pytest.mark.parametrize("name", [name for name in TRAINABLES if name != "scales"])  # those: runtime/test_gradients.py
 def test_gradients_are_slopes_of_a_dense_twin(checkpoints, family, name):
     """Along the gradient itself the float64 twin's loss rises as the gradient says."""
-    if name == "scales":
-        pytest.skip("a dense twin has none; see test_gradients.py of the runtime and below")
     model = packed_model.load(checkpoints[family], device="cpu", kernel=reference.KERNEL)
     kind, of = choices.build("parameters", name), batch()
     parameters = kind.attach(model)
