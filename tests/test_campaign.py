@@ -136,7 +136,7 @@ def test_a_dry_run_measures_little_and_writes_nothing(output, tmp_path):
 
 def test_the_command_shows_a_table_and_draws_a_figure(output, tmp_path):
     file, figure = tmp_path / "f.json", tmp_path / "f.svg"
-    shown = run(output, "--rate", "0,1e-3", "--trials", 3, "-o", file, "--target", "scales", *FLAGS)
+    shown = run(output, "--rate", "0,3e-6", "--trials", 12, "-o", file, "--target", "scales", *FLAGS)
     assert shown.exit_code == 0, shown.output
     assert "protection: none" in shown.stdout
     assert "most vulnerable" in shown.stdout
