@@ -74,7 +74,7 @@ def personalize(  # noqa: PLR0913
     target, wanted = _target(output, overwrite), build_dataclass(Wish, wish)
     _refuse_misfits(wanted, journal)
     trainable = wanted.make("parameters")
-    updates = wanted.updates(trainable.rate)
+    updates = wanted.updates()
     source = names.resolve(str(model)).path
     rows = read_rows(Path(data))
     with quiet():
@@ -210,7 +210,7 @@ class _Run:
             **self.wish.told(),
             "base": self.base,
             "parameters": sum(parameter.numel() for parameter in loop.parameters.values()),
-            "updates": asdict(self.updates),
+            "updates": asdict(loop.updates),
             "batch_size": self.asked.batch_size,
             "seed": self.asked.seed,
             "steps": loop.progress.step,
@@ -222,7 +222,7 @@ class _Run:
         steps = loop.progress.best_step if loop.keeps_best else loop.progress.step
         training = {"trainable": self.wish.train, "options": self.wish.given("parameters")}
         return written(
-            *(estimator, self.updates, first, last),
+            *(estimator, loop.updates, first, last),
             base=self.base,
             steps=steps,
             private_data=not self.asked.private or self.asked.seeded,

@@ -29,12 +29,17 @@ def personalize(
         str | None, typer.Option(help="What is minimised: lm, classification, metric. (default: lm)")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Updates. (default: 500)")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate. (default: that of what is trained)")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate. (default: that of what is trained; for forward passes, found from the loss)"),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples of an update. (default: 8)")] = None,
     micro_batch: Annotated[
         int | None, typer.Option(help="Examples that are in the model at once; the result is the same. (default: all)")
     ] = None,
-    optimizer: Annotated[str | None, typer.Option(help="sgd, momentum or adam. (default: adam)")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="sgd, momentum or adam. (default: adam; for mezo and subspace-zo, sgd)")
+    ] = None,
     schedule: Annotated[str | None, typer.Option(help="constant, linear or cosine. (default: constant)")] = None,
     warmup: Annotated[int | None, typer.Option(help="Steps over which the learning rate rises. (default: 0)")] = None,
     decay: Annotated[float | None, typer.Option(help="Weight decay. (default: 0)")] = None,

@@ -11,9 +11,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,7 @@ from quantkit.errors import DataError, OutputError
 from quantkit.host import peak_memory
 from quantkit.personal.data import Example, batch
 from quantkit.personal.delta import save_whole
-from quantkit.personal.protocols import Losses, Objective, Parameters
+from quantkit.personal.protocols import KnowsRate, Losses, Objective, Parameters
 from quantkit.personal.start import Start
 from quantkit.personal.updates import Updates
 
@@ -62,6 +62,7 @@ class Progress:
     waited: int = 0
     seconds: float = 0.0
     forwards: int = 0
+    rate: float | None = None  # where it was found from the loss
     stopped: str = ""
 
 
@@ -100,6 +101,7 @@ class Loop:
             self.start.allows()  # takes down again what an earlier process released
         began, progress = time.monotonic() - self.progress.seconds, self.progress
         with self._counted():
+            self._settle_rate()
             if not progress.validations:
                 self._validate()
             while progress.step < self.updates.steps and not progress.stopped:
@@ -127,12 +129,10 @@ class Loop:
         if not self.start.allows():
             progress.stopped = f"the privacy budget is spent after {progress.step} steps"
             return None
-        chosen = [self.train[i] for i in self.sampler.batch(progress.step).tolist()]
-        parts = [chosen[i : i + self.pace.micro_batch] for i in range(0, len(chosen), self.pace.micro_batch)]
-        losses = [Losses(self.objective, self.model, batch(part, self.device)) for part in parts]
+        losses, count = self._losses()
         with torch.set_grad_enabled(self.estimator.needs_gradients):
             loss = self.estimator.estimate(losses, self.parameters, step=progress.step)
-        finite = self.start.private or not chosen or math.isfinite(loss)  # to stop for one example would tell of it
+        finite = self.start.private or not count or math.isfinite(loss)  # to stop for one example would tell of it
         if finite:
             self.updates.take(self.optimizer, progress.step)
         if not finite or not all(bool(value.isfinite().all()) for value in self.parameters.values()):
@@ -140,10 +140,23 @@ class Loop:
         if not self.keeps_best:
             self.best = self._copies()
         progress.step += 1
-        progress.losses.append(loss if chosen else math.nan)
+        progress.losses.append(loss if count else math.nan)
         if progress.step % self.pace.every == 0 or progress.step == self.updates.steps:
             self._validate()
         return None
+
+    def _losses(self) -> tuple[list[Losses], int]:
+        """Return the losses of the micro-batches of the next step, and how many examples they have."""
+        chosen = [self.train[i] for i in self.sampler.batch(self.progress.step).tolist()]
+        parts = [chosen[i : i + self.pace.micro_batch] for i in range(0, len(chosen), self.pace.micro_batch)]
+        return [Losses(self.objective, self.model, batch(part, self.device)) for part in parts], len(chosen)
+
+    def _settle_rate(self) -> None:
+        """Find the learning rate from the loss, where none is given."""
+        if self.updates.rate is None:
+            estimator = cast("KnowsRate", self.estimator)
+            self.progress.rate = self.progress.rate or estimator.rate(self._losses()[0], self.parameters)
+            self.updates = replace(self.updates, rate=self.progress.rate)
 
     def _diverged(self, before: Mapping[str, Tensor]) -> None:
         """End the run with the last good values.

@@ -130,3 +130,10 @@ class Estimator(Protocol):
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `state` returned."""
+
+
+class KnowsRate(Estimator, Protocol):
+    """An estimator that can say how far to go."""
+
+    def rate(self, losses: Sequence[Losses], parameters: Parameters) -> float:
+        """Return a learning rate for plain descent."""

@@ -25,10 +25,10 @@ class Wish:
         objective: what is minimised: language-model (lm), classification or metric.
         options: further fields of these, such as `include` of bias or `score` of metric.
         steps: updates.
-        lr: learning rate; None: that of what is trained.
+        lr: learning rate; None: found from the loss for `sgd` by forward passes, else that of what is trained.
         batch_size: examples of an update.
         micro_batch: examples that are in the model at once; None: all of an update. The result is the same.
-        optimizer: sgd, momentum or adam.
+        optimizer: sgd, momentum or adam; None: sgd for mezo and subspace-zo, adam for others.
         schedule: of the learning rate: constant, linear or cosine.
         warmup: steps over which the learning rate rises.
         decay: weight decay.
@@ -58,7 +58,7 @@ class Wish:
     lr: float | None = None
     batch_size: int = 8
     micro_batch: int | None = None
-    optimizer: str = "adam"
+    optimizer: str | None = None
     schedule: str = "constant"
     warmup: int = 0
     decay: float = 0.0
@@ -115,12 +115,21 @@ class Wish:
             "options": options,
         }
 
-    def updates(self, usual: float) -> Updates:
-        """Return what is done with gradients; `usual`: the learning rate that suits what is trained."""
+    def updates(self) -> Updates:
+        """Return what is done with gradients.
+
+        Adam makes steps of one size whatever the gradient is, which with estimates that are nearly all noise leads
+        astray. Plain descent has to know how curved the loss is, and a metric has no curvature.
+        """
+        kinds = {axis: choices.find(axis, name) for axis, name in self.axes.items()}
+        smooth = kinds["objectives"].differentiable
+        plain = self.gradient not in PRIVATE and not kinds["gradients"].needs_gradients and smooth
+        optimizer = self.optimizer or ("sgd" if plain else "adam")
+        usual = None if plain and optimizer == "sgd" else kinds["parameters"].rate
         return Updates(
             steps=self.steps,
             rate=usual if self.lr is None else self.lr,
-            optimizer=self.optimizer,
+            optimizer=optimizer,
             schedule=self.schedule,
             warmup=self.warmup,
             decay=self.decay,

@@ -34,21 +34,38 @@ from quantkit.personal import choices
 from quantkit.personal.data import Form, batch, examples, read_rows, word_tokens
 from quantkit.personalization import personalize
 
-PRIVATE = {"gradient": "dp", "delta": 1e-5, "batch_size": 128, "micro_batch": 8, "lr": 5e-3}
-MEZO = {"gradient": "mezo", "batch_size": 16, "micro_batch": 8}
-METHODS: dict[str, dict[str, Any] | None] = {
-    "zero-shot": None,
-    "backprop-bias": {"train": "bias", "steps": 300},
-    "backprop-norm": {"train": "norm", "steps": 300},
-    "lora": {"train": "lora", "steps": 300},
-    "dp-3": {"train": "bias", "steps": 300, "epsilon": 3.0, **PRIVATE},
-    "dp-8": {"train": "bias", "steps": 300, "epsilon": 8.0, **PRIVATE},
-    "mezo-bias": {"train": "bias", "steps": 3000, "lr": 1e-3, **MEZO},
-    "mezo-accuracy": {"train": "bias", "steps": 3000, "lr": 1e-3, "objective": "metric", **MEZO},
+SHARED = {"validation": 0.02, "validate_every": 25}  # the share of the examples that is kept apart; steps
+WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "e2e": {
+        "backprop": {"steps": 100},
+        "dp": {"steps": 60, "batch_size": 64, "delta": 1e-5},
+        "mezo": {"steps": 2000, "optimizer": "sgd", "lr": 3e-5, "schedule": "linear", "validate_every": 200},
+    },
+    "sst2": {
+        "backprop": {"steps": 60, "batch_size": 16},
+        "dp": {"steps": 40, "batch_size": 64, "delta": 1e-5},
+        "mezo": {"steps": 300, "optimizer": "sgd", "lr": 4e-3, "schedule": "linear", "validate_every": 50},
+    },
 }
-TEMPLATE = "{sentence}. It was"
-WORDS = {"0": " terrible", "1": " great"}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "zero-shot": ("", {}),
+    "backprop-bias": ("backprop", {"train": "bias"}),
+    "lora": ("backprop", {"train": "lora"}),
+    "dp-3": ("dp", {"train": "bias", "epsilon": 3.0}),
+    "dp-8": ("dp", {"train": "bias", "epsilon": 8.0}),
+    "mezo-bias": ("mezo", {"train": "bias"}),
+    "mezo-accuracy": ("mezo", {"train": "bias", "objective": "metric"}),
+}
+TEMPLATE = "Review: {sentence}\nSentiment:"  # of five, the best of the model as it is on 96 examples to learn from
+WORDS = {"0": " negative", "1": " positive"}
+MICRO_BATCH = 8  # examples in the model at once, whatever the batch is
 HIGHER = {"e2e": False, "sst2": True}  # whether more is better
+
+
+def settings_of(task: str, name: str) -> dict[str, Any]:
+    """Return what a method is called with; nothing for the model as it is."""
+    way, own = METHODS[name]
+    return {"gradient": way, "micro_batch": MICRO_BATCH, **SHARED, **WAYS[task][way], **own} if way else {}
 
 
 def rows_of(task: str, directory: Path, part: str) -> list[dict[str, Any]]:
@@ -97,8 +114,8 @@ def judged(args: argparse.Namespace, model: str, delta: Path | None) -> float:
     else:
         objective = choices.build("objectives", "language-model")
     total = 0.0
-    for first in range(0, len(items), args.batch_size):
-        total += float(objective(loaded, batch(items[first : first + args.batch_size], args.device)).double().sum())
+    for first in range(0, len(items), MICRO_BATCH):
+        total += float(objective(loaded, batch(items[first : first + MICRO_BATCH], args.device)).double().sum())
     loss = total / len(items)
     return 1 - loss if args.task == "sst2" else loss
 
@@ -107,30 +124,29 @@ def one(args: argparse.Namespace) -> Figures:
     """Run the one cell of this process."""
     name, seed = args.one
     torch.set_num_threads(args.threads)
-    model, options = packed(args), METHODS[name]
-    if options is None:
-        start = time.monotonic()
+    model, options = packed(args), settings_of(args.task, name)
+    if not options:
+        start = time.process_time()
         metric = judged(args, model, None)
-        return {"metric": metric, "peak_memory": peak_memory(), "seconds": time.monotonic() - start}
+        return {"metric": metric, "peak_memory": peak_memory(), "seconds": time.process_time() - start}
     with tempfile.TemporaryDirectory() as directory:
         data, output = Path(directory) / "data.jsonl", Path(directory) / "delta.safetensors"
         rows = drawn(rows_of(args.task, args.data, "train"), args.examples, seed=int(seed))
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         read_rows(data)  # so that what reading takes is in the peak of every cell
-        given = {"batch_size": args.batch_size, "objective": "lm", **options}
+        given = {"objective": "classification" if args.task == "sst2" else "lm", "batch_size": MICRO_BATCH, **options}
         if args.task == "sst2":
             given = {**given, "words": WORDS, "template": TEMPLATE}
-            given["objective"] = options.get("objective", "classification")
         if args.steps:
             given["steps"] = args.steps
-        made = personalize(
-            model, data, output=output, seqlen=args.seqlen, seed=int(seed), device=args.device, validation=0.1, **given
-        )
-        peak = peak_memory()
-        keep = ("steps", "seconds", "forwards", "bytes", "parameters", "best_step", "ledger")
+        start = time.process_time()
+        made = personalize(model, data, output=output, seqlen=args.seqlen, seed=int(seed), device=args.device, **given)
+        seconds, peak = time.process_time() - start, peak_memory()
+        keep = ("steps", "forwards", "bytes", "parameters", "best_step", "ledger")
         return {
             "metric": judged(args, model, output),
             "peak_memory": peak,
+            "seconds": seconds,
             **{key: made.report[key] for key in keep},
         }
 
@@ -150,10 +166,9 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("data", type=Path, help="directory of the task's files")
     made.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     made.add_argument("--seeds", type=int, default=3)
-    made.add_argument("--examples", type=int, default=1000, help="to learn from, a tenth of them to validate with")
+    made.add_argument("--examples", type=int, default=5000, help="to learn from, a fiftieth of them to validate with")
     made.add_argument("--test-examples", type=int, default=400)
-    made.add_argument("--seqlen", type=int, default=128)
-    made.add_argument("--batch-size", type=int, default=8)
+    made.add_argument("--seqlen", type=int, default=192)
     made.add_argument("--steps", type=int, help="instead of each method's own number")
     made.add_argument("--work", type=Path, default=Path(".bench"), help="where finished cells are kept, one file each")
     made.add_argument("--table", action="store_true", help="run nothing, print what is there")
@@ -185,22 +200,22 @@ def main() -> None:
         print(json.dumps(one(args)))
         return
     machine = name_machine(args)
-    shared = ("model", "task", "examples", "test_examples", "seqlen", "batch_size", "steps", "threads", "device")
+    shared = ("model", "task", "examples", "test_examples", "seqlen", "steps", "threads", "device")
     key = {name: str(getattr(args, name)) for name in shared}
     rows = []
     for name in args.methods:
         if name == "mezo-accuracy" and args.task != "sst2":
             continue
         runs = []
-        for seed in range(1 if METHODS[name] is None else args.seeds):
+        for seed in range(args.seeds if METHODS[name][0] else 1):
             file = f"personalize-{args.task}-{Path(args.model).name}-{name}-{seed}"
-            settings = {**key, "method": json.dumps(METHODS[name]), "seed": str(seed)}
+            settings = {**key, "method": json.dumps(settings_of(args.task, name)), "seed": str(seed)}
             figures = cell(args, file, settings, lambda n=name, s=seed: elsewhere(n, s))
             runs += [figures] if figures else []
         if runs:
             rows.append(row(args.task, name, runs))
     metric = "accuracy, %" if HIGHER[args.task] else "loss, nats per token"
-    print(markdown(("method", metric, "steps", "forward passes", "seconds", "peak MiB", "delta KiB"), rows))
+    print(markdown(("method", metric, "steps", "forward passes", "CPU seconds", "peak MiB", "delta KiB"), rows))
     print(f"\n{machine}.")
 
 

@@ -228,6 +228,28 @@ def test_what_does_not_fit_is_refused(checkpoint, texts, tmp_path, options, mess
     assert digest(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "optimizer", "rate"),
+    [
+        ({}, "adam", 5e-3),
+        ({"gradient": "mezo"}, "sgd", None),
+        ({"gradient": "mezo", "lr": 1e-4}, "sgd", 1e-4),
+        ({"gradient": "mezo", "optimizer": "adam", "train": "norm"}, "adam", 2e-3),
+        ({"gradient": "mezo", "objective": "metric"}, "adam", 5e-3),
+        ({"gradient": "dp-mezo", "noise": 1.0, "delta": 1e-3}, "adam", 5e-3),
+    ],
+)
+def test_how_far_a_step_goes_by_itself(checkpoint, texts, tmp_path, options, optimizer, rate):
+    made = personalize(checkpoint, texts, output=tmp_path / "d.safetensors", **options, **QUICK)
+    told = made.report["updates"]
+    assert told["optimizer"] == optimizer
+    if rate is not None:
+        assert told["rate"] == rate
+        return
+    assert 0 < told["rate"] != 5e-3
+    assert made.report["forwards"] >= 17 + 2 * QUICK["steps"]  # the rate was found by forward passes
+
+
 def test_a_journal_gives_the_delta_again_without_the_data(checkpoint, texts, tmp_path):
     options = {"gradient": "mezo", "journal": tmp_path / "j.safetensors", "train": "norm"}
     personalize(checkpoint, texts, output=tmp_path / "d.safetensors", **options, **QUICK)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from quantkit.errors import UsageError
+from quantkit.errors import DataError, UsageError
 from quantkit.personal.gradients.dp_mezo import DpMezo, clipped_sum
 from quantkit.personal.gradients.mezo import Mezo
 from quantkit.personal.gradients.subspace_zo import SubspaceZo
@@ -227,3 +227,36 @@ def test_keys_are_secret_unless_given():
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(UsageError, match=message):
         make()
+
+
+@pytest.mark.parametrize("stiffness", [1e-2, 1.0, 1e3])
+def test_the_rate_follows_from_the_curvature(stiffness):
+    parameters = {"a": nn.Parameter(torch.zeros(40, 20)), "b": nn.Parameter(torch.zeros(200))}
+    size = sum(p.numel() for p in parameters.values())
+
+    def losses():
+        return torch.stack([stiffness / 2 * sum(p.double().square().sum() for p in parameters.values())])
+
+    # z'Hz is stiffness times a chi-squared number with as many degrees of freedom as there are parameters
+    curvature = 1 / (4 * Mezo().rate([losses], parameters))
+    assert curvature == pytest.approx(stiffness * size, rel=4 * math.sqrt(2 / size / 8))
+    assert all(not p.any() for p in parameters.values())
+
+
+def test_descent_with_that_rate_goes_down():
+    parameters, losses, _ = problem()
+    estimator = Mezo()
+    before, rate = float(losses().detach().mean()), estimator.rate([losses], parameters)
+    for step in range(200):
+        estimator.estimate([losses], parameters, step=step)
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter -= rate * parameter.grad
+    assert float(losses().detach().mean()) < 0.5 * before
+
+
+@pytest.mark.parametrize("value", [1.0, math.nan])
+def test_no_rate_follows_from_a_loss_that_does_not_change(value):
+    parameters, _, _ = problem()
+    with pytest.raises(DataError, match="pass --lr"):
+        Mezo().rate([lambda: torch.full((4,), value)], parameters)
