@@ -38,13 +38,13 @@ SHARED = {"validation": 0.02, "validate_every": 25}  # the share of the examples
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "e2e": {
         "backprop": {"steps": 100},
-        "dp": {"steps": 60, "batch_size": 64, "delta": 1e-5},
-        "mezo": {"steps": 2000, "optimizer": "sgd", "lr": 3e-5, "schedule": "linear", "validate_every": 200},
+        "dp": {"steps": 30, "batch_size": 64, "delta": 1e-5},
+        "mezo": {"steps": 600, "validate_every": 100},
     },
     "sst2": {
         "backprop": {"steps": 60, "batch_size": 16},
-        "dp": {"steps": 40, "batch_size": 64, "delta": 1e-5},
-        "mezo": {"steps": 300, "optimizer": "sgd", "lr": 4e-3, "schedule": "linear", "validate_every": 50},
+        "dp": {"steps": 20, "batch_size": 64, "delta": 1e-5},
+        "mezo": {"steps": 150, "batch_size": 8},
     },
 }
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -264,7 +264,7 @@ def biases(args: argparse.Namespace) -> str:
     """Return the table of gains against forward passes."""
     tokenizer = load_tokenizer(Path(args.model))
     model = quantkit.load(args.model, device="cpu")
-    words = Words(tuple(tokenizer.encode(f" {word}", add_special_tokens=False)[-1] for word in ("bad", "good")))
+    words = Words(tuple(tokenizer.encode(f" {word}", add_special_tokens=False)[-1] for word in args.words))
     examples = reviews(tokenizer, args.data, args.examples, 0, args.seqlen)
     held_out = reviews(tokenizer, args.judge, 200, 1, args.seqlen)
     parameters = Bias().attach(model)
@@ -290,7 +290,11 @@ def biases(args: argparse.Namespace) -> str:
         return losses[-1]
 
     best = run("backprop", Backprop(), Updates(steps=args.steps, rate=args.rate), 1, None)
-    run("mezo", Mezo(), Updates(steps=args.forwards // 2, rate=args.rate), 2, best)
+    for parameter in parameters.values():
+        parameter.data.zero_()
+    first = Losses(words, model, part(examples, torch.arange(args.batch)))
+    rate = Mezo().rate([first], parameters)
+    run("mezo", Mezo(), Updates(steps=args.forwards // 2, rate=rate, optimizer="sgd"), 2, best)
     return markdown(
         ["gradient", "forward passes", "best loss so far", "accuracy", "share of backprop's gain", "CPU seconds"], rows
     )
@@ -308,7 +312,13 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--forwards", type=int, default=480)
     made.add_argument("--steps", type=int, default=60, help="of backprop")
     made.add_argument("--every", type=int, default=40, help="forward passes between two rows")
-    made.add_argument("--rate", type=float, default=5e-3, help="of Adam; of `subspace`: in units of the prompt's size")
+    made.add_argument("--words", nargs=2, default=("terrible", "great"), help="of `biases`: what 0 and 1 are called")
+    made.add_argument(
+        "--rate",
+        type=float,
+        default=5e-3,
+        help="of Adam; of mezo it is found; of `subspace`: in units of the prompt's size",
+    )
     made.add_argument("--seeds", type=int, default=5)
     made.add_argument("--group-size", type=int, default=32)
     made.add_argument("--threads", type=int, default=1)

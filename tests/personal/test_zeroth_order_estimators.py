@@ -238,7 +238,7 @@ def test_the_rate_follows_from_the_curvature(stiffness):
         return torch.stack([stiffness / 2 * sum(p.double().square().sum() for p in parameters.values())])
 
     # z'Hz is stiffness times a chi-squared number with as many degrees of freedom as there are parameters
-    curvature = 1 / (4 * Mezo().rate([losses], parameters))
+    curvature = 1 / (2 * Mezo().rate([losses], parameters))
     assert curvature == pytest.approx(stiffness * size, rel=4 * math.sqrt(2 / size / 8))
     assert all(not p.any() for p in parameters.values())
 

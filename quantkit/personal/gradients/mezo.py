@@ -31,7 +31,7 @@ Draw = Callable[[str, Tensor], Tensor]  # name and tensor to the tensor's part o
 POINTS = 9  # along a line, from which the noise of a loss is found
 PROBES = 8  # directions along which the curvature of a loss is found
 WIDER = 10.0  # times the usual distance: second differences are less exact than first ones
-CAUTION = 4.0  # a step is shorter than what is best along one direction: other batches have other slopes
+CAUTION = 2.0  # a step is shorter than what is best along one direction: other batches have other slopes
 
 
 @contextmanager
@@ -199,7 +199,7 @@ class Mezo:
         return NoiseFloor(loss=error, slope=error / (math.sqrt(2) * distance), signal=signal)
 
     def rate(self, losses: Sequence[Losses], parameters: Parameters) -> float:
-        """Return a learning rate for plain descent, 1 / 4c with the curvature c = mean |z'Hz|; 17 forward passes.
+        """Return a learning rate for plain descent, 1 / 2c with the curvature c = mean |z'Hz|; 17 forward passes.
 
         A step of r rho z changes the loss by -r rho^2 + r^2 rho^2 z'Hz / 2, least at r = 1 / z'Hz. Curvatures of
         different models and tensors differ by orders of magnitude, so that there is no usual rate.
