@@ -38,7 +38,7 @@ SHARED = {"validation": 0.02, "validate_every": 25}  # the share of the examples
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "e2e": {
         "backprop": {"steps": 100},
-        "dp": {"steps": 30, "batch_size": 64, "delta": 1e-5},
+        "dp": {"steps": 30, "batch_size": 64, "lr": 1e-2, "delta": 1e-5},
         "mezo": {"steps": 600, "validate_every": 100},
     },
     "sst2": {
@@ -47,6 +47,13 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "mezo": {"steps": 150, "batch_size": 8},
     },
 }
+COARSE = {  # an accuracy changes in steps: further apart, and more examples
+    "steps": 100,
+    "batch_size": 16,
+    "optimizer": "sgd",
+    "lr": 5e-3,
+    "options": {"perturbation": 0.03},
+}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-shot": ("", {}),
     "backprop-bias": ("backprop", {"train": "bias"}),
@@ -54,7 +61,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dp-3": ("dp", {"train": "bias", "epsilon": 3.0}),
     "dp-8": ("dp", {"train": "bias", "epsilon": 8.0}),
     "mezo-bias": ("mezo", {"train": "bias"}),
-    "mezo-accuracy": ("mezo", {"train": "bias", "objective": "metric"}),
+    "mezo-accuracy": ("mezo", {"train": "bias", "objective": "metric", **COARSE}),
 }
 TEMPLATE = "Review: {sentence}\nSentiment:"  # of five, the best of the model as it is on 96 examples to learn from
 WORDS = {"0": " negative", "1": " positive"}
