@@ -73,6 +73,7 @@ def personalized(output: Path, report: Facts, *, as_json: bool) -> None:
     table = facts_table(f"{output}")
     table.add_row("trained", f"{report['train']}, {report['parameters']:,} parameters, by {report['gradient']}")
     table.add_row("examples", f"{report['examples']:,}, and {report['validation_examples']:,} to validate with")
+    table.add_row("steps", f"{report['updates']['optimizer']}, learning rate {report['updates']['rate']:.3g}")
     if report["validations"]:
         first, best = report["validations"][0][1], min(loss for _, loss in report["validations"])
         table.add_row("validation", f"{first:.4g} → {best:.4g} at step {report['best_step']}")

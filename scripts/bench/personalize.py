@@ -43,12 +43,12 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "sst2": {
         "backprop": {"steps": 60, "batch_size": 16},
-        "dp": {"steps": 20, "batch_size": 64, "delta": 1e-5},
+        "dp": {"steps": 16, "batch_size": 64, "delta": 1e-5},
         "mezo": {"steps": 150, "batch_size": 8},
     },
 }
 COARSE = {  # an accuracy changes in steps: further apart, and more examples
-    "steps": 100,
+    "steps": 60,
     "batch_size": 16,
     "optimizer": "sgd",
     "lr": 5e-3,

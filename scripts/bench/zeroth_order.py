@@ -289,12 +289,13 @@ def biases(args: argparse.Namespace) -> str:
         trained(estimator, words, model, parameters, examples, updates, batch=args.batch, seed=0, see=see)
         return losses[-1]
 
-    best = run("backprop", Backprop(), Updates(steps=args.steps, rate=args.rate), 1, None)
+    falling = {"schedule": "linear"}  # a constant rate ends wherever the last batches led
+    best = run("backprop", Backprop(), Updates(steps=args.steps, rate=args.rate, **falling), 1, None)
     for parameter in parameters.values():
         parameter.data.zero_()
     first = Losses(words, model, part(examples, torch.arange(args.batch)))
     rate = Mezo().rate([first], parameters)
-    run("mezo", Mezo(), Updates(steps=args.forwards // 2, rate=rate, optimizer="sgd"), 2, best)
+    run("mezo", Mezo(), Updates(steps=args.forwards // 2, rate=rate, optimizer="sgd", **falling), 2, best)
     return markdown(
         ["gradient", "forward passes", "best loss so far", "accuracy", "share of backprop's gain", "CPU seconds"], rows
     )
