@@ -38,17 +38,17 @@ SHARED = {"validation": 0.02, "validate_every": 25}  # the share of the examples
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "e2e": {
         "backprop": {"steps": 100},
-        "dp": {"steps": 30, "batch_size": 64, "lr": 1e-2, "delta": 1e-5},
+        "dp": {"steps": 20, "batch_size": 64, "lr": 1e-2, "delta": 1e-5},
         "mezo": {"steps": 600, "validate_every": 100},
     },
     "sst2": {
         "backprop": {"steps": 60, "batch_size": 16},
-        "dp": {"steps": 16, "batch_size": 64, "delta": 1e-5},
-        "mezo": {"steps": 150, "batch_size": 8},
+        "dp": {"steps": 12, "batch_size": 64, "delta": 1e-5},
+        "mezo": {"steps": 100},
     },
 }
 COARSE = {  # an accuracy changes in steps: further apart, and more examples
-    "steps": 60,
+    "steps": 40,
     "batch_size": 16,
     "optimizer": "sgd",
     "lr": 5e-3,
@@ -61,6 +61,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dp-3": ("dp", {"train": "bias", "epsilon": 3.0}),
     "dp-8": ("dp", {"train": "bias", "epsilon": 8.0}),
     "mezo-bias": ("mezo", {"train": "bias"}),
+    "backprop-last": ("backprop", {"train": "bias"}),  # of the last linear that writes to the residual stream alone
+    "mezo-last": ("mezo", {"train": "bias"}),
     "mezo-accuracy": ("mezo", {"train": "bias", "objective": "metric", **COARSE}),
 }
 TEMPLATE = "Review: {sentence}\nSentiment:"  # of five, the best of the model as it is on 96 examples to learn from
@@ -69,10 +71,16 @@ MICRO_BATCH = 8  # examples in the model at once, whatever the batch is
 HIGHER = {"e2e": False, "sst2": True}  # whether more is better
 
 
-def settings_of(task: str, name: str) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Return what a method is called with; nothing for the model as it is."""
     way, own = METHODS[name]
-    return {"gradient": way, "micro_batch": MICRO_BATCH, **SHARED, **WAYS[task][way], **own} if way else {}
+    if not way:
+        return {}
+    made = {"gradient": way, "micro_batch": MICRO_BATCH, **SHARED, **WAYS[args.task][way], **own}
+    if name.endswith("-last"):
+        blocks = read_config(names.resolve(args.model).path).num_hidden_layers
+        made["options"] = {"include": f"*.{blocks - 1}.mlp.down_proj"}
+    return made
 
 
 def rows_of(task: str, directory: Path, part: str) -> list[dict[str, Any]]:
@@ -131,7 +139,7 @@ def one(args: argparse.Namespace) -> Figures:
     """Run the one cell of this process."""
     name, seed = args.one
     torch.set_num_threads(args.threads)
-    model, options = packed(args), settings_of(args.task, name)
+    model, options = packed(args), settings_of(args, name)
     if not options:
         start = time.process_time()
         metric = judged(args, model, None)
@@ -216,7 +224,7 @@ def main() -> None:
         runs = []
         for seed in range(args.seeds if METHODS[name][0] else 1):
             file = f"personalize-{args.task}-{Path(args.model).name}-{name}-{seed}"
-            settings = {**key, "method": json.dumps(settings_of(args.task, name)), "seed": str(seed)}
+            settings = {**key, "method": json.dumps(settings_of(args, name)), "seed": str(seed)}
             figures = cell(args, file, settings, lambda n=name, s=seed: elsewhere(n, s))
             runs += [figures] if figures else []
         if runs:
