@@ -43,7 +43,7 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "sst2": {
         "backprop": {"steps": 60, "batch_size": 16},
-        "dp": {"steps": 12, "batch_size": 64, "delta": 1e-5},
+        "dp": {"steps": 12, "batch_size": 64, "lr": 1e-3, "delta": 1e-5},
         "mezo": {"steps": 100},
     },
 }
