@@ -38,7 +38,7 @@ SHARED = {"validation": 0.02, "validate_every": 25}  # the share of the examples
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "e2e": {
         "backprop": {"steps": 100},
-        "dp": {"steps": 20, "batch_size": 64, "lr": 1e-2, "delta": 1e-5},
+        "dp": {"steps": 15, "batch_size": 64, "lr": 1e-2, "delta": 1e-5},
         "mezo": {"steps": 600, "validate_every": 100},
     },
     "sst2": {

@@ -3,10 +3,13 @@
     python scripts/bench/zeroth_order.py memory MODEL
     python scripts/bench/zeroth_order.py subspace tiny --seeds 8
     python scripts/bench/zeroth_order.py biases MODEL --data train.tsv --judge dev.tsv
+    python scripts/bench/zeroth_order.py pace MODEL --data train.tsv --batch 8
 
 MODEL is rounded to 4 bits first (`rtn`, groups of --group-size), unless it is a packed checkpoint. `memory` runs every
 way in a process of its own. `subspace` trains four soft tokens to name one of two colours for women and for men that
 the model knows; it is judged on people whom it was not trained on. `biases` reads lines of sentence, tab, 0 or 1.
+`pace` says how much a step can gain in the beginning: from the gradient of --examples, how far those of batches are
+from it, and how curved the loss is.
 """
 
 import argparse
@@ -34,7 +37,7 @@ from quantkit.calibrate.data import load_tokenizer
 from quantkit.host import peak_memory
 from quantkit.model import names
 from quantkit.personal.gradients.backprop import Backprop
-from quantkit.personal.gradients.mezo import Mezo
+from quantkit.personal.gradients.mezo import CAUTION, Mezo
 from quantkit.personal.gradients.subspace_zo import SubspaceZo
 from quantkit.personal.parameters.bias import Bias
 from quantkit.personal.protocols import Batch, Estimator, Losses, Parameters
@@ -251,22 +254,26 @@ def interval(values: Sequence[float]) -> str:
 # biases
 
 
-def reviews(tokenizer: PreTrainedTokenizerBase, path: Path, count: int, seed: int, longest: int) -> Batch:
-    """Return `count` short sentences of a file of lines, each with a question behind it, and what they think."""
+def reviews(args: argparse.Namespace, path: Path, count: int, seed: int) -> Batch:
+    """Return `count` short sentences of a file of lines, in the template, and what they think."""
+    tokenizer = load_tokenizer(Path(args.model))
     lines = [line.rsplit("\t", 1) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = [(tokenizer(f"{text.strip()} . It was")["input_ids"], int(label)) for text, label in lines]
-    rows = [row for row in rows if len(row[0]) <= longest]
+    rows = [(tokenizer(args.template.format(sentence=text.strip()))["input_ids"], int(label)) for text, label in lines]
+    rows = [row for row in rows if len(row[0]) <= args.seqlen]
     random.Random(seed).shuffle(rows)
     return padded([row for row, _ in rows[:count]], [label for _, label in rows[:count]])
 
 
+def label_words(args: argparse.Namespace) -> Words:
+    """Return the loss of choosing between the words of the labels."""
+    tokenizer = load_tokenizer(Path(args.model))
+    return Words(tuple(tokenizer.encode(f" {word}", add_special_tokens=False)[-1] for word in args.words))
+
+
 def biases(args: argparse.Namespace) -> str:
     """Return the table of gains against forward passes."""
-    tokenizer = load_tokenizer(Path(args.model))
-    model = quantkit.load(args.model, device="cpu")
-    words = Words(tuple(tokenizer.encode(f" {word}", add_special_tokens=False)[-1] for word in args.words))
-    examples = reviews(tokenizer, args.data, args.examples, 0, args.seqlen)
-    held_out = reviews(tokenizer, args.judge, 200, 1, args.seqlen)
+    model, words = quantkit.load(args.model, device="cpu"), label_words(args)
+    examples, held_out = reviews(args, args.data, args.examples, 0), reviews(args, args.judge, 200, 1)
     parameters = Bias().attach(model)
     before = judged(words, model, held_out)
     rows = [["none", "0", f"{before[0]:.4f}", f"{before[1]:.3f}", "", ""]]
@@ -301,9 +308,35 @@ def biases(args: argparse.Namespace) -> str:
     )
 
 
+def pace(args: argparse.Namespace) -> str:
+    """Return what a step gains at first: r g2 - r2 c (g2 + s2/batch) / 2, with its rate r and at the best one."""
+    model, words, parts = quantkit.load(args.model, device="cpu"), label_words(args), args.examples // args.batch
+    examples, parameters = reviews(args, args.data, parts * args.batch, 1), Bias().attach(model)
+    found = []
+    for rows in torch.arange(len(examples.tokens)).split(args.batch):
+        loss = words(model, part(examples, rows)).mean()
+        gradients = torch.autograd.grad(loss, [p.requires_grad_() for p in parameters.values()])
+        found.append(torch.cat([gradient.flatten() for gradient in gradients]).double())
+    of_batch, of_all = (
+        float(each.square().sum(-1).mean()) for each in (torch.stack(found), torch.stack(found).mean(0))
+    )
+    noise = (of_batch - of_all) * parts / (parts - 1)  # s2 / batch
+    true = max(0.0, of_all - noise / parts)  # what is left may be nothing that so many examples tell from noise
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    rate = Mezo().rate([Losses(words, model, part(examples, torch.arange(args.batch)))], parameters)
+    curvature = 1 / (CAUTION * rate)
+    rows = [
+        [name, f"{r:.2g}", f"{r * true - r * r * curvature * (true + noise) / 2:.4f}"]
+        for name, r in (("that is found", rate), ("best", true / (curvature * (true + noise))))
+    ]
+    said = f"squared gradient {true:.3g}, of a batch {true + noise:.3g}, curvature {curvature:.3g}\n\n"
+    return said + markdown(["rate", "", "gained by a step"], rows)
+
+
 def _arguments() -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("what", choices=["memory", "subspace", "biases", "process"])
+    made.add_argument("what", choices=["memory", "subspace", "biases", "pace", "process"])
     made.add_argument("model")
     made.add_argument("--data", type=Path)
     made.add_argument("--judge", type=Path)
@@ -313,6 +346,7 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--forwards", type=int, default=480)
     made.add_argument("--steps", type=int, default=60, help="of backprop")
     made.add_argument("--every", type=int, default=40, help="forward passes between two rows")
+    made.add_argument("--template", default="{sentence} . It was")
     made.add_argument("--words", nargs=2, default=("terrible", "great"), help="of `biases`: what 0 and 1 are called")
     made.add_argument(
         "--rate",
@@ -342,7 +376,7 @@ def main() -> None:
             quantkit.quantize(
                 str(names.resolve(source).path), output=args.model, method="rtn", wbits=4, group_size=args.group_size
             )
-        print({"memory": memory, "subspace": subspace, "biases": biases}[args.what](args))
+        print({"memory": memory, "subspace": subspace, "biases": biases, "pace": pace}[args.what](args))
     print(f"\n{said}")
 
 
