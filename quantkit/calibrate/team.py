@@ -215,9 +215,10 @@ class Team:
         try:
             self.store.set(f"{self.rank}", "cause" if cause else "lost")
             if cause:
-                told = self.rank > 0 and self._hear([0], SOON).get(0) == "cause"
-                told = told or self.store.add("told", 1) > 1
-                self._hear(everyone if self._keeps_store() else [], SOON)
+                if self.rank > 0 and self._hear([0], SOON).get(0) == "cause":
+                    return None  # at once: when the first process has heard this one, it takes the store with it
+                told = self.store.add("told", 1) > 1
+                self._hear(everyone if self.leads and not self.elastic else [], SOON)
                 return None if told else []
             time.sleep(0.5)  # a process that dies closes its connections one after the other, the store perhaps last
             if self.store.add("lost", 1) > 1 if self.elastic else not self._keeps_store():
