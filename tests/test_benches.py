@@ -12,9 +12,12 @@ import activations
 import bits
 import bounds
 import common
+import personalize
 import self_calibration
+import zeroth_order
 
 FEW = ["tiny", "embedded", "embedded-test", "--samples", "2", "--seqlen", "32", "--windows", "2", "--threads", "1"]
+ANIMALS = ["fox", "hen", "cow", "owl", "bee", "cat", "dog", "pig"]
 
 
 def printed(bench, capsys, monkeypatch, work, *options):
@@ -95,3 +98,30 @@ def test_bounds(capsys, monkeypatch, tmp_path):
     held_out = [float(row[header.index("held out")].split()[0]) for row in rows]
     assert max(held_out) <= 0.5  # the budget
     assert int(rows[0][4]) < int(rows[1][4].replace(",", ""))
+
+
+@pytest.mark.slow
+def test_personalizing_by_passes_and_by_gradients(capsys, monkeypatch, tmp_path):
+    lines = ["mr,ref", *(f"name[{animal}],The {animal} sings a song." for animal in ANIMALS * 8)]
+    (tmp_path / "devset.csv").write_text("\n".join(lines))
+    methods = ["zero-shot", "backprop-last", "mezo-last"]
+    command = ["bench", "tiny", "e2e", str(tmp_path), "--methods", *methods, "--seeds", "1", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", [*command, "--examples", "40", "--test-examples", "4", "--work", str(tmp_path)])
+    personalize.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [row[0] for row in rows[2:]] == methods
+    losses = [float(row[1]) for row in rows[2:]]
+    assert all(0 < loss < 20 for loss in losses)
+    assert losses[1] < losses[0]
+    assert rows[3][2] == rows[4][2] == "2"
+
+
+def test_what_a_step_of_forward_passes_can_gain(capsys, monkeypatch, tmp_path):
+    lines = [f"the {animal} sings\t{number % 2}" for number, animal in enumerate(ANIMALS)]
+    (tmp_path / "train.tsv").write_text("\n".join(lines))
+    command = ["bench", "pace", "tiny", "--data", str(tmp_path / "train.tsv"), "--examples", "8", "--batch", "2"]
+    monkeypatch.setattr(sys, "argv", [*command, "--words", "silver", "golden"])
+    zeroth_order.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    found, best = rows[2:]
+    assert float(best[2]) >= max(0.0, float(found[2]))

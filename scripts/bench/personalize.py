@@ -162,6 +162,7 @@ def one(args: argparse.Namespace) -> Figures:
             "metric": judged(args, model, output),
             "peak_memory": peak,
             "seconds": seconds,
+            "rate": made.report["updates"]["rate"],
             **{key: made.report[key] for key in keep},
         }
 

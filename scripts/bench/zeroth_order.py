@@ -346,8 +346,10 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--forwards", type=int, default=480)
     made.add_argument("--steps", type=int, default=60, help="of backprop")
     made.add_argument("--every", type=int, default=40, help="forward passes between two rows")
-    made.add_argument("--template", default="{sentence} . It was")
-    made.add_argument("--words", nargs=2, default=("terrible", "great"), help="of `biases`: what 0 and 1 are called")
+    made.add_argument(
+        "--template", default="{sentence} . It was", help="what stands around a sentence, before the word"
+    )
+    made.add_argument("--words", nargs=2, default=("terrible", "great"), help="what 0 and 1 are called")
     made.add_argument(
         "--rate",
         type=float,
